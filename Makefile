@@ -1,0 +1,60 @@
+# make tour   the whole system on the tiny models, one HTML report (tour/report.html)
+# make test   the tests          make test-all   the slow ones, too          make lint   ruff and mypy
+#
+# Both create the environment first (.venv, once). torch is installed alone and first, so that nothing else can pull
+# another build. Choose the build with TORCH_ARGS, which goes to pip as it is, for example
+#   make tour TORCH_ARGS="--index-url <the index of a CPU or CUDA build, see pytorch.org/get-started/locally>"
+# To change the build later: make clean-venv first.
+
+VENV ?= .venv
+PIN := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+TORCH_ARGS ?= $(PIN)
+TEST_ARGS ?=
+TOUR_ARGS ?=
+
+# The first interpreter that runs and is new enough; `make PYTHON=...` overrules.
+ENOUGH := import sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c "$(ENOUGH)" >/dev/null 2>&1 && { echo $$p; break; }; done)
+# Options alone (an index) still need the requirement itself.
+TORCH := $(if $(filter torch% %.whl,$(TORCH_ARGS)),,$(PIN)) $(TORCH_ARGS)
+STAMP := $(VENV)/.weft-installed
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+
+.PHONY: venv tour test test-all lint pins clean-venv
+.DEFAULT_GOAL := venv
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" && $(PYTHON) -c "$(ENOUGH)" || { \
+		echo "weft needs Python 3.11 or newer, found: $$(python3 --version 2>&1 || echo none); make PYTHON=/path/to/python3.12" >&2; \
+		exit 2; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || { \
+		rm -rf $(VENV); \
+		echo "$(PYTHON) cannot create a virtual environment; on Debian or Ubuntu: apt install python3-venv" >&2; \
+		exit 2; }
+	$(PIP) install --quiet $(TORCH)
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+tour: venv
+	$(VENV)/bin/weft tour $(TOUR_ARGS)
+
+test: venv
+	$(VENV)/bin/python -m pytest $(TEST_ARGS)
+
+test-all: venv
+	$(VENV)/bin/python -m pytest -m '' $(TEST_ARGS)
+
+lint: venv
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+# After a deliberate upgrade in a fresh environment: write what was installed, without the local part of a build (+cpu).
+pins: venv
+	{ sed '/^[^#]/,$$d' constraints.txt; $(PIP) freeze --exclude-editable | sed 's/+[^ ]*$$//'; } > constraints.new
+	mv constraints.new constraints.txt
+
+clean-venv:
+	rm -rf $(VENV)
