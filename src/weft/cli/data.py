@@ -1,0 +1,133 @@
+"""`weft data check|show|convert`: look at records before a model does."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from weft.cli.options import File, check_file, check_folder
+from weft.errors import WeftError
+
+if TYPE_CHECKING:
+    from weft.record import Record
+    from weft.report.page import Comparison
+
+
+@dataclass
+class Check:
+    """Read every record and every picture, and name what is wrong. Exit status 1 if anything is."""
+
+    path: Positional[Path]
+    """A JSONL file of records."""
+
+    def run(self) -> int:
+        check_file(self.path, "records file")
+        from weft.data.check import check_records
+
+        report = check_records(self.path)
+        print(report)
+        return 1 if report.faults else 0
+
+
+@dataclass
+class Show:
+    """An HTML page of records: input pictures, instruction, target."""
+
+    path: Positional[Path]
+    """A JSONL file of records."""
+    out: Annotated[File, tyro.conf.arg(aliases=["-o"])] = None
+    """The page to write; default: beside the records, with the suffix .html."""
+    count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 50
+    """How many records, from the first."""
+    start: int = 0
+    """The first record to show."""
+
+    def run(self) -> int:
+        check_file(self.path, "records file")
+        out = self.out or self.path.with_suffix(".html")
+        check_folder(out.parent)
+        from weft.record import read_records
+        from weft.report.page import Page
+
+        records = list(itertools.islice(read_records(self.path), self.start, self.start + self.count))
+        if not records:
+            raise WeftError(f"{self.path}: no record from number {self.start} on; lower --start")
+        page = Page(f"{self.path.name}", facts={"file": str(self.path), "records shown": len(records)})
+        page.section("Records").comparisons([_card(record) for record in records])
+        print(page.write(out))
+        return 0
+
+
+@dataclass
+class Convert:
+    """Write any source as weft's own records: one JSONL file with the pictures beside it."""
+
+    source: Positional[Path]
+    """What to read: a JSONL file, a folder of pairs, parquet files, webdataset shards."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE.jsonl")]
+    """The records file to write; pictures go into the folder beside it."""
+    kind: Literal["jsonl", "folder", "parquet", "webdataset"] = "jsonl"
+    """The source's kind."""
+    map: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[FIELD=COLUMN ...]")] = ()
+    """Which column of the source holds which field, as instruction=prompt."""
+    option: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = field(
+        default_factory=list
+    )
+    """An option of the source's kind; can be repeated."""
+    task: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
+    """The task of all records (generate, edit ...); default: what each record has pictures for."""
+    limit: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
+    """Stop after so many records."""
+    media: Literal["copy", "keep"] = "copy"
+    """copy: pictures travel with the records; keep: refer to them where they lie."""
+
+    def run(self) -> int:
+        if not self.source.exists():
+            raise WeftError(f"source {self.source} does not exist")
+        if self.out.suffix != ".jsonl":
+            raise WeftError(f"{self.out}: records are written as .jsonl; name such a file with -o")
+        check_folder(self.out.parent)
+        from weft.data.sources import SourceConfig, load_source
+        from weft.record import write_records
+
+        config = SourceConfig(
+            kind=self.kind,
+            path=str(self.source),
+            map=_pairs(self.map, "--map"),
+            limit=self.limit,
+            task=self.task,
+            options=_pairs(self.option, "--option"),
+        )
+        records = load_source(config)
+        write_records(self.out, records, media=self.media)
+        print(self.out)
+        print(f"{len(records)} records", file=sys.stderr)
+        return 0
+
+
+def _pairs(words: Sequence[str], option: str) -> dict[str, str]:
+    pairs = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not key or not equals:
+            raise WeftError(f"{option} {word!r} is not KEY=VALUE")
+        pairs[key] = value
+    return pairs
+
+
+def _card(record: Record) -> Comparison:
+    """A record as pictures side by side under its instruction."""
+    from weft.report.page import Comparison
+
+    labels = [("source" if part is record.source else f"picture {k}", part) for k, part in enumerate(record.inputs, 1)]
+    labels += [("mask", record.mask)] if record.mask else []
+    labels += [("target", part) for part in record.targets]
+    pictures = [(label, record.load(part)) for label, part in labels if part.type == "image"]
+    return Comparison(record.instruction, pictures, detail=f"{record.id} · {record.task}")

@@ -1,0 +1,127 @@
+"""Options that several commands share, and the checks of what users type. No torch here: help must be instant."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from weft.errors import WeftError
+
+if TYPE_CHECKING:
+    from weft.api import Model
+    from weft.api import Options as SampleOptions
+
+QUIET = tyro.conf.arg(help_behavior_hint="")  # the text says what the default is
+Text = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+MOVEMENTS = (".bvh", ".amc", ".npz", ".glb")
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """Which model, and how it is loaded."""
+
+    model: str = "tiny-kontext"
+    """A model of the zoo, a folder in diffusers layout, or a hub id."""
+    lora: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH[:SCALE]")] = field(default_factory=list)
+    """An adapter and its strength, as style.safetensors:0.8; can be repeated."""
+    device: Text = None
+    """cpu, cuda, cuda:1, mps; default: the best that is here."""
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"] | None, QUIET] = None
+    """Precision of the weights; default: fp32 on the CPU, bf16 on an accelerator."""
+    attention: Text = None
+    """An attention backend of diffusers, such as native or flash."""
+    tiling: bool = False
+    """Decode large pictures in tiles."""
+    offload: Annotated[Literal["model", "sequential"] | None, QUIET] = None
+    """Keep idle networks in main memory."""
+    quantization: Annotated[Literal["int8", "nf4"] | None, QUIET] = None
+    """Load the transformer in fewer bits (extra: quant)."""
+
+    def load(self) -> Model:
+        """The loaded model."""
+        import weft
+
+        return weft.load(
+            self.model,
+            device=self.device,
+            dtype=self.dtype,
+            lora=self.lora,
+            attention_backend=self.attention,
+            tiling=self.tiling,
+            offload=self.offload,
+            quantization=self.quantization,
+        )
+
+
+@dataclass(kw_only=True)
+class SamplingOptions:
+    """How pictures are sampled."""
+
+    seed: int = 0
+    """The seed of the first picture; picture k has seed + k."""
+    steps: int = 28
+    """Sampling steps."""
+    guidance: float = 3.5
+    """Classifier-free guidance; 1 switches it off and halves the time."""
+    negative: Annotated[str, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")] = ""
+    """What the picture should not be (used by the guidance)."""
+    size: Annotated[str | None, tyro.conf.arg(metavar="WxH", help_behavior_hint="")] = None
+    """Width x height in pixels, as 96x64; default: the model's, for an edit the source's."""
+    batch: int = 8
+    """Pictures computed at once; it changes the speed and the memory, never the pictures."""
+
+    def options(self, progress: bool = False) -> SampleOptions:
+        """The API's options; raises WeftError for numbers out of range."""
+        from weft.api import Options
+
+        return Options(self.steps, self.guidance, self.negative, self.batch, progress)
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """'96x64' (width x height) or '64' as (height, width)."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:[x×](\d+))?", text.strip().lower())
+    if not match or not all(int(side) for side in match.groups() if side):
+        raise WeftError(f"--size {text!r} is not a size; write WIDTHxHEIGHT in pixels, such as 96x64")
+    width = int(match[1])
+    return int(match[2] or width), width
+
+
+def check_picture_path(path: Path) -> None:
+    """Refuse an output file that could not be written, before any work is done."""
+    if path.suffix.lower() in MOVEMENTS:
+        raise WeftError(f"{path}: no model of this installation makes movements; write a picture ({', '.join(PICTURES)})")
+    if path.suffix.lower() not in PICTURES:
+        raise WeftError(f"{path}: unknown suffix {path.suffix!r}; write a picture: {', '.join(PICTURES)}")
+    if path.is_dir():
+        raise WeftError(f"{path} is a folder; name a file in it")
+    check_folder(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Create the folder of the outputs and make sure that it can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WeftError(f"cannot create the folder {folder}: {error.strerror}; choose another -o") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise WeftError(f"the folder {folder} cannot be written; choose another -o or change its permissions")
+
+
+def check_file(path: Path, what: str) -> None:
+    """Refuse a missing input by name."""
+    if path.is_dir():
+        raise WeftError(f"{what} {path} is a folder; name a file")
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob(f"*{path.suffix}"))[:5] if path.parent.is_dir() else []
+        hint = f"; in that folder: {', '.join(near)}" if near else ""
+        raise WeftError(f"{what} {path} does not exist{hint}")
