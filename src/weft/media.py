@@ -1,0 +1,231 @@
+"""Pictures in and out of files: decoded once and correctly, refused by name, written atomically with their metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+
+from weft.errors import WeftError
+
+MAX_PIXELS = 89_478_485  # Pillow's own warning level: a quarter of a gigabyte in RGB
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # no vector format, no Ghostscript
+_SAVE = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".webp": ("WEBP", {"quality": 95}),
+}
+_KEY = "weft"  # the PNG text chunk
+_EXIF_IFD, _USER_COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
+
+
+@dataclass(slots=True)
+class EncodedPicture:
+    """A picture file in memory (a parquet cell, a tar member): a lazy value for `weft.record.Part`."""
+
+    data: bytes
+    name: str
+
+    def load(self) -> Image.Image:
+        """The decoded picture; see `decode_image`."""
+        return decode_image(self.data, self.name)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the encoded bytes, hexadecimal."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture of a file as 8-bit RGB, upright.
+
+    The EXIF orientation is applied, alpha is laid on white, CMYK and pictures with a foreign colour profile become
+    sRGB, 16 bits are reduced to their upper 8, and of an animation the first frame is taken.
+
+    Raises `WeftError` with the file's name if it is missing, empty, truncated, not a picture, or larger than
+    `max_pixels` (which is read from the header: nothing is allocated for a decompression bomb).
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder, not a picture" if path.is_dir() else "does not exist: check the path"
+        raise WeftError(f"{path} {what}")
+    try:
+        handle = path.open("rb")
+    except OSError as error:
+        raise WeftError(f"{path} cannot be opened ({error.strerror}): check its permissions") from error
+    with handle:
+        return _decode(handle, str(path), max_pixels)
+
+
+def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture of an encoded file in memory as 8-bit RGB; `name` stands in the errors. See `load_image`."""
+    return _decode(io.BytesIO(data), name, max_pixels)
+
+
+def _decode(handle: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+    head = handle.read(512)
+    handle.seek(0)
+    if not head:
+        raise WeftError(f"{name} is empty (0 bytes): download or write it again")
+    try:
+        with Image.open(handle, formats=_FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise WeftError(_too_large(name, f"{image.width} x {image.height}", max_pixels))
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except WeftError as error:
+        raise error if name in str(error) else WeftError(f"{name}: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        raise WeftError(f"{name} {_not_a_picture(head)}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise WeftError(_too_large(name, "more than that", max_pixels)) from error
+    except Exception as error:  # decoders meet hostile bytes with every kind of exception
+        raise WeftError(f"{name} is damaged or truncated ({error}): replace the file") from error
+
+
+def _too_large(name: str, size: str, max_pixels: int) -> str:
+    return f"{name} is too large: {size} pixels, the limit is {max_pixels} in all: scale it down first"
+
+
+def _not_a_picture(head: bytes) -> str:
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "is a web page, not a picture: download the picture itself"
+    if start.startswith((b"<svg", b"<?xml")):
+        return "is an SVG or XML file: export it as PNG"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the picture: run git lfs pull"
+    return "is not a picture that can be read: use PNG, JPEG, WebP, GIF, BMP or TIFF"
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow picture as 8-bit RGB without metadata: alpha on white, 16 bits to the upper 8, profile to sRGB."""
+    if image.mode.startswith("I"):
+        rgb = _from_integers(image)
+    elif image.mode == "F":
+        raise WeftError("floating-point pixels have no defined white: convert the picture to 8 or 16 bits")
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = _to_srgb(image.convert("RGBA"), image)
+        rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    elif image.mode == "CMYK":
+        managed = _to_srgb(image, image)
+        rgb = managed if managed.mode == "RGB" else image.convert("RGB")
+    else:
+        rgb = _to_srgb(image.convert("RGB"), image)
+    if rgb is image:
+        rgb = image.copy()
+    rgb.info = {}
+    return rgb
+
+
+def _from_integers(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits (Pillow's modes I;16* and I), which `convert` would clip instead of scale."""
+    grey = np.asarray(image).astype(np.int64)  # [H, W]
+    if grey.size and (grey.max() > 65535 or grey.min() < 0):
+        raise WeftError("32-bit integer pixels have no defined white: convert the picture to 8 or 16 bits")
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[grey == transparent] = 65535
+    return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+
+
+def _to_srgb(image: Image.Image, origin: Image.Image) -> Image.Image:
+    """Apply the embedded colour profile of `origin`, if it is another one than sRGB and fits the pixels."""
+    data = origin.info.get("icc_profile")
+    if not data:
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        space = profile.profile.xcolor_space.strip()
+        if "srgb" in (profile.profile.profile_description or "").lower():
+            return image
+        if space != ("CMYK" if image.mode == "CMYK" else "RGB"):
+            return image
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        managed = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError):  # an unreadable profile is ignored, as every browser does
+        return image
+    assert managed is not None
+    return managed
+
+
+def save_image(image: Image.Image, path: str | Path, metadata: dict[str, Any] | None = None) -> Path:
+    """Write PNG, JPEG or WebP by the suffix, atomically: at any time the file is the old one or the whole new one.
+
+    `metadata` (JSON) goes into a PNG text chunk `weft`, or into the EXIF user comment of JPEG and WebP.
+    Folders above it are made. Raises `WeftError` for another suffix and for a full or read-only disk.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _SAVE:
+        raise WeftError(f"{path}: cannot write the suffix '{path.suffix}', use one of {', '.join(_SAVE)}")
+    kind, options = _SAVE[path.suffix.lower()]
+    extra: dict[str, Any] = dict(options)
+    if metadata:
+        extra |= _embed(kind, json.dumps(metadata, ensure_ascii=True), path)
+    with atomic_write(path) as handle:
+        to_rgb(image).save(handle, format=kind, **extra)
+    return path
+
+
+def _embed(kind: str, text: str, path: Path) -> dict[str, Any]:
+    if kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt(_KEY, text)
+        return {"pnginfo": info}
+    if len(text) > 60_000:
+        raise WeftError(f"{path}: {len(text)} bytes of metadata, EXIF holds 60000: write a PNG")
+    exif = Image.Exif()
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _ASCII + text.encode()
+    return {"exif": exif.tobytes()}
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata that `save_image` put into a picture; {} if there is none. Raises as `load_image`."""
+    path = Path(path)
+    if not path.is_file():
+        raise WeftError(f"{path} does not exist: check the path")
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            if isinstance(image, PngImagePlugin.PngImageFile):
+                text = image.text.get(_KEY)  # also loads chunks that follow the pixels
+            else:
+                comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b"")
+                text = comment[8:].decode() if isinstance(comment, bytes) and comment.startswith(_ASCII) else None
+        found = json.loads(text) if text else {}
+    except Exception as error:  # as in `_decode`: hostile bytes, every kind of exception
+        raise WeftError(f"{path} has no readable metadata ({error}): it is damaged or not a picture") from error
+    return found if isinstance(found, dict) else {}
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file that appears under `path` only when it is complete and on disk (same folder, fsync, rename).
+
+    On any error nothing of it is left and an older file stays. Raises `WeftError` where the disk refuses.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        why = error.strerror or error
+        raise WeftError(f"{path} cannot be written ({why}): free space, or write elsewhere") from error
+    finally:
+        temporary.unlink(missing_ok=True)
