@@ -140,6 +140,7 @@ def _identify(x: np.ndarray, scene: Scene, i: int, slack: int, free: bool) -> tu
     rows, cols = (slice(k * n // 2, (k + 1) * n // 2) for k, n in ((thing.cell // 2, height), (thing.cell % 2, width)))
     window = x[rows, cols]
     h, w = window.shape[:2]
+    others = replace(scene, things=scene.things[:i] + scene.things[i + 1 :])
     candidates = [("", thing), *_alternatives(thing)]
     drawn = [render_array(others.plus(t), height, width)[rows, cols].ravel() for _, t in candidates]
     drawn.append(render_array(others, height, width)[rows, cols].ravel())
