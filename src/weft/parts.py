@@ -138,7 +138,7 @@ def weave(text: str, root: str | Path | None = None) -> list[Part]:
             end = text.find("}", k)
             if end < 0:
                 raise WeftError(f"instruction: '{{' at character {k + 1} is not closed: write }} or, for a brace, {{{{")
-            parts += [text_part(literal)] if literal or not parts else []
+            parts += [text_part(literal)] if literal else []  # an empty text part would mean something else
             parts.append(_woven(text[k + 1 : end].strip(), root))
             literal, k = "", end + 1
         elif text[k] == "}":

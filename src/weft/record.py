@@ -271,6 +271,8 @@ def _from_schema_0(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(references, list):
         raise WeftError("references: not a list: write a list of paths")
     said: list[dict[str, Any]] = [{"type": "text", "text": row.get("instruction")}]
+    if references:
+        said.insert(0, {"type": "text", "text": ""})  # attached: the sentence stays as it was
     media = [(row.get("source"), "source")] + [(path, "reference") for path in references]
     user = [{"type": "image", "path": path, "role": role} for path, role in media if path is not None] + said
     turns = [{"role": "user", "parts": user}]
@@ -320,8 +322,8 @@ def _part(row: Any, turn: str, k: int) -> Part:
     try:
         if not isinstance(row, dict):
             raise WeftError(f": {short(row)} is not an object: write {{...}}")
-        kind, role = row.get("type"), row.get("role")
-        _one_of(kind, TYPES, ".type")
+        role = row.get("role")
+        kind = _one_of(row.get("type"), TYPES, ".type")
         if kind == "text":
             _known_keys(row, ("type", "text"), ".")
             if not isinstance(row.get("text"), str):
@@ -343,9 +345,10 @@ def _known_keys(row: dict[str, Any], known: tuple[str, ...], field: str) -> None
             raise WeftError(f"{field}{short(key)}: unknown field{_nearest(key, known)}")
 
 
-def _one_of(value: Any, known: tuple[str, ...], field: str) -> None:
+def _one_of(value: Any, known: tuple[str, ...], field: str) -> str:
     if not isinstance(value, str) or value not in known:
         raise WeftError(f"{field}: '{short(value)}' is unknown{_nearest(value, known)}")
+    return value
 
 
 def _nearest(value: Any, known: tuple[str, ...]) -> str:
