@@ -1,0 +1,134 @@
+"""Checkpoints that are whole or absent: written beside, flushed to disk, renamed; a manifest proves every byte.
+
+A folder `step-000123` holds safetensors and JSON only, and `manifest.json` (SHA-256 of each file) written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from weft.errors import WeftError
+
+MANIFEST = "manifest.json"
+TEMPORARY = ".writing-"
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """A checkpoint read back: `tensors[file stem][name]` and the JSON `state`."""
+
+    step: int
+    path: Path
+    tensors: dict[str, dict[str, torch.Tensor]]
+    state: dict[str, Any]
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_checkpoint(
+    folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any], keep: int
+) -> Path:
+    """Write `folder/step-<step>` atomically, then remove all but the newest `keep` complete checkpoints.
+
+    Raises WeftError on a full disk or another write error; earlier checkpoints are then untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:06d}"
+    for leftover in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)  # of a killed process
+    temporary = folder / f"{TEMPORARY}{final.name}"
+    try:
+        temporary.mkdir()
+        for name, group in tensors.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, temporary / f"{name}.safetensors")
+        _write_json(temporary / "state.json", {"step": step, **state})
+        names = sorted(p.name for p in temporary.iterdir())
+        for name in names:
+            sync(temporary / name)
+        files = {n: {"sha256": sha256_file(temporary / n), "bytes": (temporary / n).stat().st_size} for n in names}
+        _write_json(temporary / MANIFEST, {"step": step, "files": files})
+        sync(temporary / MANIFEST)
+        sync(temporary)
+        if final.exists():
+            shutil.rmtree(final)  # the same step again, after a resume from an older one
+        os.replace(temporary, final)
+        sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        size = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+        free = shutil.disk_usage(folder).free
+        earlier = newest(folder)
+        raise WeftError(
+            f"could not write checkpoint {final}: {error}; it needs {size / 1e6:.1f} MB and {free / 1e6:.1f} MB are "
+            f"free. {f'{earlier} is intact' if earlier else 'there is no earlier one'}; make room and start again"
+        ) from error
+    for old in sorted(p for p in folder.glob("step-*") if (p / MANIFEST).is_file())[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder (one line), or None if it is complete and verified."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name, entry in manifest["files"].items():
+            if not (path / name).is_file():
+                return f"{path}: {name} is missing"
+            if sha256_file(path / name) != entry["sha256"]:
+                return f"{path}: {name} does not match its SHA-256"
+    except FileNotFoundError:
+        return f"{path}: no {MANIFEST}, the write was not finished"
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return f"{path}: {MANIFEST} is damaged"
+    return None
+
+
+def newest(folder: Path, complain: Any = None) -> Path | None:
+    """The newest complete and verified checkpoint under `folder`; `complain(line)` hears of every faulty one."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        problem = fault(path)
+        if problem is None:
+            return path
+        if complain is not None:
+            complain(problem)
+    return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint. Raises WeftError if a file is missing or damaged."""
+    problem = fault(path)
+    if problem is not None:
+        raise WeftError(f"{problem}: use an earlier checkpoint")
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            tensors[file.stem] = {key: opened.get_tensor(key).clone() for key in opened.keys()}
+    return Checkpoint(int(state["step"]), path, tensors, state)

@@ -1,0 +1,356 @@
+"""The recipe: one tree of dataclasses, read from YAML. Unknown keys fail, naming the file and the nearest known key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from weft.errors import WeftError
+
+T = TypeVar("T")
+Size = int | list[int]
+
+
+@dataclass(slots=True)
+class LoraRecipe:
+    """Low-rank adapters on the trained modules; `targets` are name endings of linear layers."""
+
+    rank: int = 32
+    alpha: float = 64.0
+    targets: list[str] = field(default_factory=lambda: ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"])
+    init: Literal["gaussian", "default"] = "gaussian"
+    dropout: float = 0.0
+
+
+@dataclass(slots=True)
+class ModelRecipe:
+    """What is trained. `path` is a folder or zoo name; `train` names modules (default: `transformer`, or for a
+    `trainable` class all its modules). `dtype` is that of the frozen weights: trained ones are always fp32."""
+
+    path: str | None = None
+    train: list[str] | None = None
+    lora: LoraRecipe | None = None
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_checkpointing: bool = False
+    attention_backend: str | None = None
+
+
+@dataclass(slots=True)
+class SourceRecipe:
+    """Where records come from: `call` (a dotted callable, `package.module:function` or `file.py:function`, called
+    with `args`, returning a sequence of records), or `kind` and `path` as in `weft.data.sources`."""
+
+    call: str | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+    kind: str | None = None
+    path: str | None = None
+    map: dict[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    task: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class DataRecipe:
+    """One source. A batch holds records of one `batch_group` only; groups alternate in the ratio of their weights."""
+
+    source: SourceRecipe = field(default_factory=SourceRecipe)
+    weight: float = 1.0
+    batch_group: str = "all"
+
+
+@dataclass(slots=True)
+class StageRecipe:
+    """Resolution until `until_step` (exclusive; null: to the end). `size` alone: pictures become size x size (or
+    [height, width]). With `aspects` ("4:3" = width:height) each record goes to the nearest bucket of that area, sides
+    multiples of `multiple`; with `buckets` to the nearest [height, width]. Without any, pictures stay as they are."""
+
+    until_step: int | None = None
+    size: Size | None = None
+    aspects: list[str] | None = None
+    buckets: list[list[int]] | None = None
+    multiple: int = 32
+    batch_size: int | None = None
+    accumulate: int | None = None
+
+
+@dataclass(slots=True)
+class OptimRecipe:
+    """AdamW, or Muon for the matrices inside the blocks and AdamW for the rest. `lr` is AdamW's."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-4
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
+    muon_adjust: Literal["original", "match_rms_adamw"] = "original"
+    muon_exclude: list[str] = field(default_factory=list)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decay: Literal["matrices", "all"] = "matrices"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = 0  # steps, or a share of all steps when below 1
+    warmup_start: float = 1e-5  # the first step's share of lr
+    final: float = 0.0  # the last step's share of lr
+    clip: float | None = 1.0
+
+
+@dataclass(slots=True)
+class EmaRecipe:
+    """Exponential moving average of the trained weights; with `warmup` decay(n) = min(decay, (1 + n) / (10 + n))."""
+
+    decay: float = 0.999
+    warmup: bool = True
+
+
+@dataclass(slots=True)
+class CacheRecipe:
+    """Store of encoded examples. `ahead` encodes every record before step 0; `drop_encoders` then frees the frozen
+    modules; `text_dtype` stores text states in 16 bits; `augment` is not possible here by construction."""
+
+    folder: str | None = None  # default: <run folder>/cache
+    ahead: bool = False
+    drop_encoders: bool = False
+    text_dtype: Literal["fp32", "bf16"] = "fp32"
+    batch: int = 64
+    shard: int = 1024
+
+
+@dataclass(slots=True)
+class RunRecipe:
+    folder: str = "runs/default"
+    steps: int = 1000
+    batch_size: int = 8
+    accumulate: int = 1
+    seed: int = 0
+    checkpoint_every: int = 1000
+    keep: int = 2
+    log_every: int = 10
+    validate_every: int = 0
+    grid_every: int = 0
+    evaluate_every: int = 0
+    ema: EmaRecipe | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"
+    threads: int | None = None
+    compile: bool = False
+    export: bool = True
+    allow_changes: bool = False  # resume although the recipe is not the checkpoint's
+    trackers: list[str] = field(default_factory=lambda: ["jsonl"])
+
+
+@dataclass(slots=True)
+class ValidateRecipe:
+    source: SourceRecipe = field(default_factory=SourceRecipe)
+    count: int = 64
+    batch_size: int = 16
+    sigmas: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+
+
+@dataclass(slots=True)
+class GridRecipe:
+    source: SourceRecipe = field(default_factory=SourceRecipe)
+    count: int = 4
+    steps: int = 20
+    guidance: float = 1.0
+    negative: str = ""
+
+
+@dataclass(slots=True)
+class MethodRecipe:
+    """The method's name; its `options` are checked by the method (for sft: those of the flow-matching loss)."""
+
+    name: Literal["sft"] = "sft"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Recipe:
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    trainable: str | None = None
+    trainable_args: dict[str, Any] = field(default_factory=dict)
+    method: MethodRecipe = field(default_factory=MethodRecipe)
+    data: list[DataRecipe] = field(default_factory=list)
+    cache: CacheRecipe | None = None
+    stages: list[StageRecipe] = field(default_factory=list)
+    optim: OptimRecipe = field(default_factory=OptimRecipe)
+    run: RunRecipe = field(default_factory=RunRecipe)
+    validate: ValidateRecipe | None = None
+    grid: GridRecipe | None = None
+
+
+def nearest(key: str, known: Sequence[str]) -> str:
+    """`; did you mean "x"?` or the list of known keys."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f'did you mean "{close[0]}"?' if close else f"known keys: {', '.join(known)}"
+
+
+def build(kind: Any, value: Any, where: str, file: str = "recipe") -> Any:
+    """`value` (plain YAML data) as `kind` (a dataclass, a basic type, list, dict, Literal or Optional of these).
+
+    Raises WeftError that names the file and the dotted key.
+    """
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):
+            return value
+        if not isinstance(value, dict):
+            raise WeftError(f"{file}: {where or 'the recipe'}: expected a mapping, found {value!r}")
+        hints = get_type_hints(kind)
+        known = [f.name for f in dataclasses.fields(kind)]
+        for key in value:
+            if key not in known:
+                dotted = f"{where}.{key}" if where else str(key)
+                raise WeftError(f'{file}: unknown key "{dotted}"; {nearest(str(key), known)}')
+        parts = {k: build(hints[k], v, f"{where}.{k}" if where else k, file) for k, v in value.items()}
+        return kind(**parts)  # type: ignore[operator]
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        errors = []
+        for option in (a for a in args if a is not type(None)):
+            try:
+                return build(option, value, where, file)
+            except WeftError as error:
+                errors.append(error)
+        raise errors[0]
+    if origin is Literal:
+        if value not in args:
+            raise WeftError(f"{file}: {where}: {value!r} is not one of {', '.join(map(str, args))}")
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise WeftError(f"{file}: {where}: expected a list, found {value!r}")
+        return [build(args[0], v, f"{where}[{i}]", file) for i, v in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise WeftError(f"{file}: {where}: expected a mapping, found {value!r}")
+        return {str(k): build(args[1], v, f"{where}.{k}", file) for k, v in value.items()}
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 4e-5 as a string
+        except ValueError:
+            pass
+    if kind in (int, bool, str) and type(value) is kind:
+        return value
+    raise WeftError(f"{file}: {where}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
+
+
+def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Apply `a.b=c` (values are YAML; list items by number, `data.0.weight=2`) to a copy of the plain recipe."""
+    tree = yaml.safe_load(yaml.safe_dump(tree))
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise WeftError(f'override "{assignment}" is not of the form key.subkey=value')
+        node: Any = tree
+        keys = path.strip().split(".")
+        for i, key in enumerate(keys):
+            last = i == len(keys) - 1
+            if isinstance(node, list):
+                if not key.isdigit() or int(key) >= len(node):
+                    raise WeftError(f'override "{assignment}": "{key}" is not an index below {len(node)}')
+                index: Any = int(key)
+            elif isinstance(node, dict):
+                index = key
+                if not last and node.get(key) is None:
+                    node[key] = {}
+            else:
+                raise WeftError(f'override "{assignment}": "{".".join(keys[:i])}" has no keys')
+            if last:
+                node[index] = yaml.safe_load(text)
+            else:
+                node = node[index]
+    return tree
+
+
+def read_recipe(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file or a plain mapping, overrides applied and every value checked."""
+    if isinstance(recipe, Recipe):
+        if overrides:
+            return read_recipe(dataclasses.asdict(recipe), overrides)
+        return check(recipe, "recipe")
+    if isinstance(recipe, dict):
+        return check(build(Recipe, override(recipe, overrides), ""), "recipe")
+    path = Path(recipe)
+    if not path.is_file():
+        raise WeftError(f"recipe {path} does not exist")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise WeftError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise WeftError(f"{path}: a recipe is a mapping, found {type(tree).__name__}")
+    return check(build(Recipe, override(tree, overrides), "", str(path)), str(path))
+
+
+def check(recipe: Recipe, file: str) -> Recipe:
+    """What types cannot say. Raises WeftError."""
+
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            raise WeftError(f"{file}: {message}")
+
+    run = recipe.run
+    need(bool(recipe.data), "data: at least one source is needed")
+    need(recipe.model.path is not None or recipe.trainable is not None, "model.path: name a model folder")
+    for name in ("steps", "batch_size", "accumulate", "keep", "log_every", "checkpoint_every"):
+        need(getattr(run, name) > 0, f"run.{name}: {getattr(run, name)} must be positive")
+    for i, item in enumerate(recipe.data):
+        need(item.weight > 0, f"data[{i}].weight: {item.weight} must be positive; remove the source instead")
+        need((item.source.call is None) != (item.source.kind is None), f"data[{i}].source: give either call or kind")
+    last = 0
+    for i, stage in enumerate(recipe.stages):
+        final = i == len(recipe.stages) - 1
+        need(stage.until_step is not None or final, f"stages[{i}].until_step: only the last stage may leave it out")
+        if stage.until_step is not None:
+            need(stage.until_step > last, f"stages[{i}].until_step: {stage.until_step} is not after {last}")
+            last = stage.until_step
+    if recipe.stages and recipe.stages[-1].until_step is not None:
+        need(last >= run.steps, f"stages end at step {last}, before run.steps {run.steps}: extend the last stage")
+    need(len(recipe.optim.betas) == 2, f"optim.betas: two numbers, found {recipe.optim.betas}")
+    return recipe
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON/YAML data."""
+    return dataclasses.asdict(recipe)
+
+
+def load_object(dotted: str, what: str) -> Any:
+    """The object behind `package.module:name` or `path/to/file.py:name`. Raises WeftError with the reason."""
+    import importlib
+    import importlib.util
+
+    module_name, colon, name = dotted.rpartition(":")
+    if not colon:
+        raise WeftError(f'{what}: "{dotted}" is not of the form package.module:name or file.py:name')
+    if module_name.endswith(".py"):
+        path = Path(module_name)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if not path.is_file() or spec is None or spec.loader is None:
+            raise WeftError(f"{what}: {path} does not exist")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not module_name.startswith(error.name):
+                raise
+            raise WeftError(f'{what}: there is no module "{module_name}"') from None
+    try:
+        return typing.cast(Any, getattr(module, name))
+    except AttributeError:
+        public = [n for n in vars(module) if not n.startswith("_")]
+        raise WeftError(f'{what}: {module_name} has no "{name}"; {nearest(name, public)}') from None

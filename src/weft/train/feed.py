@@ -1,0 +1,285 @@
+"""From step to examples: the sampler's rows, the records behind them, their sizes, the encoders and the cache.
+
+A file of its own because it is the one place where data meets the model; the loop sees only `Feed.batch(step)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from weft.data.cache import ExampleCache, example_key
+from weft.data.sampler import Batch, Sampler, Span
+from weft.errors import WeftError
+from weft.record import Record
+from weft.train.config import Recipe, SourceRecipe, StageRecipe, load_object, nearest
+from weft.types import Example, Trainable
+
+Size = tuple[int, int]
+
+
+def open_source(config: SourceRecipe) -> Sequence[Record]:
+    """The records of a source. Raises WeftError for a wrong callable, argument, kind or path."""
+    if config.call is not None:
+        function = load_object(config.call, "source.call")
+        known = list(inspect.signature(function).parameters)
+        for key in config.args:
+            if key not in known:
+                raise WeftError(f'source.args: {config.call} has no argument "{key}"; {nearest(key, known)}')
+        records = function(**config.args)
+    else:
+        from weft.data.sources import SourceConfig, load_source
+
+        fields = {f.name for f in dataclasses.fields(SourceConfig)}
+        given = dataclasses.asdict(config)
+        records = load_source(SourceConfig(**{k: v for k, v in given.items() if k in fields}))
+    return records[: config.limit] if config.limit is not None and len(records) > config.limit else records
+
+
+def aspect_size(size: int, aspect: float, multiple: int) -> Size:
+    """(height, width) of about size^2 pixels and width / height = aspect, both rounded to `multiple`."""
+    height = max(multiple, round(size / aspect**0.5 / multiple) * multiple)
+    width = max(multiple, round(size * aspect**0.5 / multiple) * multiple)
+    return height, width
+
+
+def stage_sizes(stage: StageRecipe) -> list[Size] | None:
+    """The (height, width) buckets of a stage; one without aspects; None when pictures stay as they are."""
+    if stage.buckets is not None:
+        return [(int(h), int(w)) for h, w in stage.buckets]
+    if stage.size is None:
+        return None
+    if stage.aspects is None:
+        return [(stage.size, stage.size)] if isinstance(stage.size, int) else [(stage.size[0], stage.size[1])]
+    if not isinstance(stage.size, int):
+        raise WeftError("stages: aspects need size to be one number, the side of the square of that area")
+    sizes = []
+    for aspect in stage.aspects:
+        width, colon, height = aspect.partition(":")
+        if not (colon and width.isdigit() and height.isdigit() and int(width) and int(height)):
+            raise WeftError(f'stages.aspects: "{aspect}" is not of the form width:height')
+        sizes.append(aspect_size(stage.size, int(width) / int(height), stage.multiple))
+    return list(dict.fromkeys(sizes))
+
+
+def nearest_size(height: float, width: float, sizes: Sequence[Size]) -> int:
+    """The bucket whose aspect ratio is nearest in log scale."""
+    wanted = np.log(width / height)
+    return int(np.argmin([abs(np.log(w / h) - wanted) for h, w in sizes]))
+
+
+def picture_size(record: Record) -> Size:
+    """(height, width) of a record's target picture (else its source): `meta["size"]`, or the file's own."""
+    if record.meta.get("size"):
+        height, width = record.meta["size"]
+        return int(height), int(width)
+    part = record.target or record.source
+    if part is None:
+        raise WeftError(f"record {record.id!r} has no picture to take an aspect ratio from")
+    image = part.load(record.root)
+    return image.height, image.width
+
+
+def content_digest(record: Record) -> str:
+    """A digest of everything in a record that its example may depend on: task, roles, texts, media."""
+    turns = [
+        [t.role, [[p.type, p.role, p.text if p.type == "text" else p.digest(record.root)] for p in t.parts]]
+        for t in record.turns
+    ]
+    # a canonical sentence or any other label in meta can be a training target, so meta counts
+    meta = {k: v for k, v in record.meta.items() if k != "world"}
+    return hashlib.sha256(json.dumps([record.task, turns, meta], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def fingerprint(trainable: Trainable, trained: Iterable[str], args: dict[str, Any]) -> str:
+    """A digest of the frozen modules' weights and of what else decides about an example: class and arguments."""
+    digest = hashlib.sha256()
+    kind = type(trainable)
+    digest.update(json.dumps([kind.__module__, kind.__qualname__, args], sort_keys=True, default=str).encode())
+    trained = set(trained)
+    for name, module in sorted(trainable.modules().items()):
+        if name in trained:
+            continue
+        for key, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name}.{key}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def code_digest(dotted: str) -> str:
+    """A digest of the Python files beside the module of a callable: generated data change when they do."""
+    module_name = dotted.rpartition(":")[0]
+    if module_name.endswith(".py"):
+        return hashlib.sha256(Path(module_name).read_bytes()).hexdigest()
+    import importlib
+
+    file = importlib.import_module(module_name).__file__
+    digest = hashlib.sha256()
+    for path in sorted(Path(file).parent.glob("*.py")) if file else []:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(slots=True)
+class Fed:
+    """The examples of one optimiser step with their record ids (unique within the step)."""
+
+    batch: Batch
+    examples: list[Example]
+    ids: list[str]
+
+
+class Feed:
+    """Examples of any step. With a cache only records that are not in it are made and encoded."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        trainable: Trainable,
+        trained: dict[str, nn.Module],
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.recipe, self.trainable, self.say = recipe, trainable, say
+        self.sources = [open_source(item.source) for item in recipe.data]
+        self.stages = recipe.stages or [StageRecipe()]
+        self.sizes = [stage_sizes(stage) for stage in self.stages]
+        self.cache: ExampleCache | None = None
+        self.print = ""
+        self._keys: dict[tuple[int, int, Size | None], tuple[str, str]] = {}  # (source, row, size) -> key, id
+        if recipe.cache is not None:
+            folder = Path(recipe.cache.folder) if recipe.cache.folder else Path(recipe.run.folder) / "cache"
+            narrow = ("text", "pooled") if recipe.cache.text_dtype == "bf16" else ()
+            self.cache = ExampleCache(folder, shard=recipe.cache.shard, narrow=narrow)
+            self.print = fingerprint(trainable, trained, {**recipe.trainable_args, "narrow": narrow})
+        spans, start = [], 0
+        for stage, sizes in zip(self.stages, self.sizes, strict=True):
+            rows = (stage.batch_size or recipe.run.batch_size) * (stage.accumulate or recipe.run.accumulate)
+            spans.append(Span(start, rows, self._buckets(sizes)))
+            start = stage.until_step if stage.until_step is not None else recipe.run.steps
+        self.sampler = Sampler(
+            [len(source) for source in self.sources],
+            [item.weight for item in recipe.data],
+            [item.batch_group for item in recipe.data],
+            spans,
+            recipe.run.seed,
+        )
+
+    def micro_batches(self, stage: int) -> int:
+        """Into how many micro-batches an optimiser step of this stage is cut."""
+        return self.stages[stage].accumulate or self.recipe.run.accumulate
+
+    def _buckets(self, sizes: list[Size] | None) -> dict[int, np.ndarray] | None:
+        if sizes is None or len(sizes) == 1:
+            return None
+        if not hasattr(self, "_shapes"):
+            self._shapes = [[picture_size(source[i]) for i in range(len(source))] for source in self.sources]
+        return {
+            s: np.array([nearest_size(h, w, sizes) for h, w in shapes], dtype=np.int64)
+            for s, shapes in enumerate(self._shapes)
+        }
+
+    def _sized(self, record: Record, size: Size | None) -> Record:
+        return record if size is None else dataclasses.replace(record, meta={**record.meta, "size": list(size)})
+
+    def _encode(self, records: Sequence[Record], size: Size | None) -> list[Example]:
+        if size is not None and hasattr(self.trainable, "resolution"):
+            self.trainable.resolution = max(size)  # references follow the stage too, at their own aspect
+        with torch.no_grad():
+            return self.trainable.examples(records)
+
+    def batch(self, step: int) -> Fed:
+        """Examples and ids of an optimiser step (from 0)."""
+        batch = self.sampler.batch(step)
+        sizes = self.sizes[batch.stage]
+        size = None if sizes is None else sizes[batch.bucket or 0]
+        if self.cache is None:
+            records = [self._sized(self.sources[s][row], size) for s, row in batch.rows]
+            examples, ids = self._encode(records, size), [record.id for record in records]
+        else:
+            found = self._lookup(batch.rows, size)
+            ids = [name for _, name in found]
+            examples = self.cache.get(key for key, _ in found)
+        seen: dict[str, int] = {}
+        for i, name in enumerate(ids):
+            seen[name] = seen.get(name, 0) + 1
+            if seen[name] > 1:  # the same record again: other noise, however the step is cut into micro-batches
+                ids[i] = f"{name}#{seen[name]}"
+        return Fed(batch, examples, ids)
+
+    def _lookup(self, rows: Sequence[tuple[int, int]], size: Size | None) -> list[tuple[str, str]]:
+        assert self.cache is not None
+        missing: dict[str, Record] = {}
+        for s, row in rows:
+            memo = self._keys.get((s, row, size))
+            if memo is not None and memo[0] in self.cache:
+                continue
+            record = self._sized(self.sources[s][row], size)
+            key = example_key(self.print, content_digest(record), str(size))
+            self._keys[s, row, size] = (key, record.id)
+            if key not in self.cache:
+                missing[key] = record
+        if missing:
+            for key, example in zip(missing, self._encode(list(missing.values()), size), strict=True):
+                self.cache.add(key, example)
+        return [self._keys[s, row, size] for s, row in rows]
+
+    def ahead(self) -> None:
+        """Encode every record at every size that training will ask for, and remember the keys on disk."""
+        assert self.cache is not None and self.recipe.cache is not None
+        chunk, started, spoke = self.recipe.cache.batch, time.monotonic(), time.monotonic()
+        for span, sizes in zip(self.sampler.spans, self.sizes, strict=True):
+            for s, source in enumerate(self.sources):
+                config = self.recipe.data[s].source
+                by_size: dict[Size | None, list[int]] = {}
+                if sizes is None or len(sizes) == 1:
+                    by_size[sizes[0] if sizes else None] = list(range(len(source)))
+                else:
+                    assert span.buckets is not None
+                    for b, size in enumerate(sizes):
+                        by_size[size] = np.flatnonzero(span.buckets[s] == b).tolist()
+                for size, numbers in by_size.items():
+                    memory = self._memory(config, size)
+                    if memory is not None and self._recall(memory, s, size, numbers):
+                        continue
+                    for i in range(0, len(numbers), chunk):
+                        self._lookup([(s, n) for n in numbers[i : i + chunk]], size)
+                        if time.monotonic() - spoke > 20:
+                            spoke = time.monotonic()
+                            done = i + chunk
+                            self.say(f"encoding source {s}: {done}/{len(numbers)}, {spoke - started:.0f} s so far")
+                    self.cache.flush()
+                    if memory is not None:
+                        entries = [self._keys[s, n, size] for n in numbers]
+                        temporary = memory.with_suffix(".tmp")
+                        temporary.write_text(json.dumps(entries), encoding="utf-8")
+                        temporary.replace(memory)
+
+    def _memory(self, config: SourceRecipe, size: Size | None) -> Path | None:
+        """Where the keys of a generated source are remembered; files on disk may change, so theirs are not."""
+        if config.call is None or self.cache is None:
+            return None
+        facts = [config.call, config.args, config.limit, code_digest(config.call), size, self.print]
+        return self.cache.folder / f"keys-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}.json"
+
+    def _recall(self, memory: Path, s: int, size: Size | None, numbers: list[int]) -> bool:
+        assert self.cache is not None
+        try:
+            entries = json.loads(memory.read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+        if len(entries) != len(numbers) or any(key not in self.cache for key, _ in entries):
+            return False
+        for n, (key, name) in zip(numbers, entries, strict=True):
+            self._keys[s, n, size] = (key, name)
+        return True

@@ -1,0 +1,394 @@
+"""The training loop. One counter, `step`; everything random or ordered is a function of it, so a resumed run is the
+uninterrupted one, bit for bit on a CPU. The loop does not know which method it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from weft.errors import WeftError
+from weft.models.adapt import Ema, save_lora
+from weft.rng import seed_of
+from weft.train.checkpoint import newest, read_checkpoint, write_checkpoint
+from weft.train.config import Recipe, plain, read_recipe
+from weft.train.feed import Fed, Feed, open_source
+from weft.train.optim import Optimizers
+from weft.train.setup import Buffers, choose_modules, make_trainable, pick_device, trained_parameters
+from weft.train.sft import Sft
+from weft.train.track import Tracker, open_trackers
+from weft.types import Draw, Example, Trainable
+
+Evaluator = Callable[[Trainable, int], dict[str, float]]
+
+# what may change between a checkpoint and its continuation without changing what is computed
+FREE = {
+    "run.folder", "run.checkpoint_every", "run.keep", "run.log_every", "run.validate_every", "run.grid_every",
+    "run.evaluate_every", "run.threads", "run.device", "run.export", "run.allow_changes", "run.trackers", "run.compile",
+}  # fmt: skip
+FREE_SECTIONS = ("validate", "grid", "cache")
+
+
+class Preempted(SystemExit):
+    """SIGTERM or SIGINT arrived and the state was saved: exit status 143 (130 for SIGINT)."""
+
+
+@dataclass(slots=True)
+class RunResult:
+    """What a run left behind: its folder, the exported model (None if none), and the last logged numbers."""
+
+    folder: Path
+    step: int
+    export: Path | None
+    last: dict[str, Any] = field(default_factory=dict)
+
+
+def run(
+    recipe: str | Path | dict[str, Any] | Recipe,
+    overrides: Sequence[str] = (),
+    *,
+    evaluators: dict[str, Evaluator] | None = None,
+    reward: Any = None,
+    say: Callable[[str], None] = print,
+) -> RunResult:
+    """Train as the recipe says; continue by itself where the run folder holds a checkpoint.
+
+    `evaluators` are called as f(model, step) -> {name: number} every `run.evaluate_every` steps, with EMA weights.
+    `reward` is for methods that declare that they need one (sft does not). Raises WeftError for what a user can
+    mend, Preempted (a SystemExit) after SIGTERM.
+    """
+    config = read_recipe(recipe, overrides)
+    if reward is not None:
+        raise WeftError(f"method {config.method.name} takes no reward")
+    return Trainer(config, evaluators or {}, say).run()
+
+
+class Trainer:
+    """The state of a run. `Trainer(recipe).run()` is all there is to call."""
+
+    def __init__(self, recipe: Recipe, evaluators: dict[str, Evaluator], say: Callable[[str], None] = print) -> None:
+        self.recipe, self.evaluators, self.say = recipe, evaluators, say
+        settings = recipe.run
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self.folder = Path(settings.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.device = pick_device(settings.device)
+        self.model = make_trainable(recipe, self.device)
+        self.trained = choose_modules(recipe, self.model)
+        self.parameters = trained_parameters(self.trained)
+        self.buffers = Buffers(self.trained)
+        self.method = Sft(self.model, recipe.method.options)
+        self.optimizers = Optimizers(self.trained, recipe.optim, settings.steps)
+        ema = settings.ema
+        self.ema = Ema(self.parameters, ema.decay, warmup=ema.warmup) if ema is not None else None
+        self.feed = Feed(recipe, self.model, self.trained, say)
+        self.step = 0
+        self.saved: int | None = None
+        self.stop: int | None = None  # the signal that asked to stop
+        self.trackers: list[Tracker] = []
+        self.last: dict[str, Any] = {}
+        self.fixed: tuple[list[Example], list[str]] | None = None
+        if settings.compile:
+            for module in self.trained.values():
+                module.compile()
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step (LoRA: adapters only)."""
+        tensors: dict[str, dict[str, torch.Tensor]] = {
+            "model": dict(self.parameters),
+            "optimizer": self.optimizers.state(),
+        }
+        if self.ema is not None:
+            tensors["ema"] = self.ema.shadow
+        if buffers := self.buffers.changed():
+            tensors["buffers"] = buffers
+        state = {"recipe": plain(self.recipe), "torch": torch.__version__}
+        path = write_checkpoint(self.folder, self.step, tensors, state, self.recipe.run.keep)
+        self.saved = self.step
+        return path
+
+    def resume(self) -> None:
+        """Continue from the newest complete checkpoint of the run folder, if there is one."""
+        path = newest(self.folder, complain=lambda line: self.say(f"skipped a checkpoint: {line}"))
+        if path is None:
+            return
+        checkpoint = read_checkpoint(path)
+        changes = differences(checkpoint.state["recipe"], plain(self.recipe))
+        if changes and not self.recipe.run.allow_changes:
+            raise WeftError(
+                f"{path} was made by another recipe ({'; '.join(changes)}): choose a new run.folder, or continue "
+                f"all the same with run.allow_changes=true"
+            )
+        saved = checkpoint.tensors["model"]
+        if set(saved) != set(self.parameters):
+            odd = sorted(set(saved) ^ set(self.parameters))[0]
+            raise WeftError(f"{path} holds other parameters than the model trains, for example {odd}")
+        with torch.no_grad():
+            for key, parameter in self.parameters.items():
+                parameter.copy_(saved[key])
+            self.buffers.load(checkpoint.tensors.get("buffers", {}))
+        self.optimizers.load(checkpoint.tensors.get("optimizer", {}))
+        if self.ema is not None:
+            if "ema" not in checkpoint.tensors:
+                raise WeftError(f"{path} has no EMA weights, but run.ema is set: start anew or unset it")
+            self.ema.load(checkpoint.tensors["ema"])
+        self.step = self.saved = checkpoint.step
+        self.say(f"resumed {path}")
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def autocast(self) -> Any:
+        if self.recipe.run.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimiser step. Raises WeftError on a non-finite loss or gradient, the weights still unchanged."""
+        fed = self.feed.batch(self.step)
+        torch.manual_seed(seed_of(self.recipe.run.seed, "modules", self.step))  # dropout inside modules
+        total, metrics = self.backward(fed)
+        norm = float(self.optimizers.clip(self.recipe.optim.clip))
+        if not math.isfinite(norm):
+            self.optimizers.zero()
+            raise WeftError(
+                f"step {self.step}: the gradient is not finite (norm {norm}), the weights are unchanged; "
+                f"samples {', '.join(fed.ids)}"
+            )
+        factor = self.optimizers.factor(self.step)
+        self.optimizers.step(self.step)
+        if self.ema is not None:
+            self.ema.update(self.step)
+        self.step += 1
+        lr = self.optimizers.base[0] * factor
+        return {"loss": total, "group": fed.batch.group, "lr": lr, "grad_norm": norm, **metrics}
+
+    def backward(self, fed: Fed) -> tuple[float, dict[str, float]]:
+        """Gradients of the mean loss over the whole batch, micro-batch by micro-batch."""
+        count, pieces = len(fed.examples), self.feed.micro_batches(fed.batch.stage)
+        size = count // pieces
+        total, metrics = 0.0, {}
+        for start in range(0, count, size):
+            ids = fed.ids[start : start + size]
+            with self.autocast():
+                result = self.method.loss(
+                    fed.examples[start : start + size], Draw(self.recipe.run.seed, self.step, ids)
+                )
+            losses = result.per_sample
+            finite = torch.isfinite(losses)
+            if not bool(finite.all()):
+                self.optimizers.zero()
+                bad = [name for name, ok in zip(ids, finite.tolist(), strict=True) if not ok]
+                raise WeftError(
+                    f"step {self.step}: the loss is not finite, the weights are unchanged; samples {', '.join(bad)}"
+                )
+            (losses.sum() / count).backward()
+            total += float(losses.detach().sum()) / count
+            for key, value in result.metrics.items():
+                metrics[key] = metrics.get(key, 0.0) + float(value) * len(ids) / count
+        return total, metrics
+
+    # -- looking at it -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Eval mode with EMA weights."""
+        with self.ema.swapped() if self.ema is not None else nullcontext():
+            for module in self.trained.values():
+                module.eval()
+            try:
+                yield
+            finally:
+                for module in self.trained.values():
+                    module.train()
+
+    def validate(self) -> dict[str, float]:
+        """Held-out losses, prefixed `val/`."""
+        config = self.recipe.validate
+        if config is None:
+            raise WeftError("run.validate_every is set, but there is no validate section")
+        if self.fixed is None:
+            source = open_source(config.source)
+            records = [source[i] for i in range(min(config.count, len(source)))]
+            with torch.no_grad():
+                size = config.batch_size
+                chunks = [self.model.examples(records[i : i + size]) for i in range(0, len(records), size)]
+            self.fixed = ([e for c in chunks for e in c], [r.id for r in records])
+        with self.averaged(), self.autocast():
+            values = self.method.held_out(*self.fixed, config.sigmas, self.recipe.run.seed, config.batch_size)
+        return {f"val/{k}": v for k, v in values.items()}
+
+    def look(self, last: bool) -> None:
+        """Whatever is due after this step: validation, evaluators, picture grid."""
+        settings = self.recipe.run
+
+        def due(every: int) -> bool:
+            return every > 0 and (self.step % every == 0 or last)
+
+        values: dict[str, Any] = {}
+        if due(settings.validate_every):
+            values |= self.validate()
+        if due(settings.evaluate_every):
+            with self.averaged():
+                for name, evaluator in self.evaluators.items():
+                    values |= {f"{name}/{k}": v for k, v in evaluator(self.model, self.step).items()}
+        if due(settings.grid_every):
+            from weft.train.grid import draw_grid
+
+            with self.averaged():
+                draw_grid(self.model, self.recipe, self.folder / "samples" / f"step-{self.step:06d}.png")
+        if values:
+            self.log(values)
+            self.say(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.last |= values
+        for tracker in self.trackers:
+            tracker.log(self.step, values)
+
+    # -- the run -------------------------------------------------------------------------------------------------
+
+    def run(self) -> RunResult:
+        """From the newest checkpoint (or step 0) to `run.steps`, then export."""
+        settings = self.recipe.run
+        self.resume()
+        recipe_file = self.folder / "recipe.yaml"
+        recipe_file.write_text(yaml.safe_dump(plain(self.recipe), sort_keys=False), encoding="utf-8")
+        self.trackers = open_trackers(settings.trackers, self.folder, self.step, plain(self.recipe))
+        count = sum(p.numel() for p in self.parameters.values())
+        self.say(f"training {count:,} parameters of {', '.join(self.trained)} on {self.device}, step {self.step}")
+        try:
+            with self.signals():
+                self.prepare_data()
+                self.loop()
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
+        export = self.export() if settings.export else None
+        return RunResult(self.folder, self.step, export, self.last)
+
+    def prepare_data(self) -> None:
+        cache = self.recipe.cache
+        if cache is None or not cache.ahead:
+            return
+        self.feed.ahead()
+        if cache.drop_encoders:
+            if self.recipe.run.validate_every:
+                self.validate()  # encodes the held-out examples while there is an encoder
+            if self.method.is_flow and hasattr(self.model, "empty_text"):
+                self.model.empty_text()
+            for name, module in self.model.modules().items():
+                if name not in self.trained:
+                    module.to("meta")
+
+    def loop(self) -> None:
+        settings = self.recipe.run
+        started, since, samples = time.perf_counter(), self.step, 0
+        sums: dict[str, list[float]] = {}
+        while self.step < settings.steps:
+            values = self.train_step()
+            group = values.pop("group")
+            samples += len(self.feed.sampler.batch(self.step - 1).rows)
+            for key in (f"loss/{group}", "loss"):
+                sums.setdefault(key, []).append(values["loss"])
+            last = self.step == settings.steps
+            if self.step % settings.log_every == 0 or last:
+                seconds = time.perf_counter() - started
+                means = {k: sum(v) / len(v) for k, v in sums.items()}
+                rates = {"steps_per_s": (self.step - since) / seconds, "samples_per_s": samples / seconds}
+                self.log({**values, **means, **rates})
+                self.say(
+                    f"step {self.step}/{settings.steps}: loss {means['loss']:.4f}, lr {values['lr']:.3g}, "
+                    f"grad {values['grad_norm']:.3g}, {rates['steps_per_s']:.2f} steps/s"
+                )
+                started, since, samples, sums = time.perf_counter(), self.step, 0, {}
+            looked = time.perf_counter()
+            self.look(last)
+            if self.step % settings.checkpoint_every == 0 or last:
+                self.save()
+            started += time.perf_counter() - looked  # rates are of training alone
+            if self.stop is not None:
+                if self.saved != self.step:
+                    self.save()
+                self.say(f"stopped by signal {self.stop} at step {self.step}, state saved")
+                raise Preempted(128 + self.stop)
+        if self.feed.cache is not None:
+            self.feed.cache.flush()
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT ask the loop to save and stop after the current step; a second one kills."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: Any) -> None:
+            self.stop = number
+            signal.signal(number, signal.SIG_DFL)
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def export(self) -> Path:
+        """The trained model (EMA weights if there are any) in `<run folder>/export`; LoRA: the adapter file."""
+        final = self.folder / "export"
+        temporary = self.folder / f".export-{os.getpid()}"
+        with self.averaged():
+            if self.recipe.model.lora is not None:
+                lora = self.recipe.model.lora
+                save_lora(self.trained, temporary, rank=lora.rank, alpha=lora.alpha)
+            elif self.recipe.cache is not None and self.recipe.cache.drop_encoders:
+                whole = make_trainable(self.recipe, torch.device("cpu"))
+                for name, module in self.trained.items():
+                    whole.modules()[name].load_state_dict(module.state_dict())
+                whole.save(temporary)
+            else:
+                self.model.save(temporary)
+        facts = {"step": self.step, "weights": "ema" if self.ema is not None else "raw", "recipe": plain(self.recipe)}
+        (temporary / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        if final.exists():
+            import shutil
+
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        self.say(f"exported {final}")
+        return final
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Dotted keys whose values differ and matter, as `key: old -> new`."""
+    changes = []
+    for section in new:
+        if section in FREE_SECTIONS:
+            continue
+        a, b = old.get(section), new[section]
+        if not (isinstance(a, dict) and isinstance(b, dict)):
+            a, b = {"": a}, {"": b}
+        for key in b:
+            dotted = f"{section}.{key}" if key else section
+            if dotted not in FREE and a.get(key) != b[key]:
+                changes.append(f"{dotted}: {a.get(key)} -> {b[key]}")
+    return changes
+
+
+def describe(recipe: Recipe) -> str:
+    """The recipe as YAML."""
+    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
