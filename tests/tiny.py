@@ -29,13 +29,13 @@ WORDS = (
 
 
 def fill_(module: nn.Module, name: str, seed: int = 0) -> nn.Module:
-    """Overwrite every parameter: matrices N(0, 1/fan_in), norm scales around 1, biases N(0, 0.1). In place."""
+    """Overwrite every parameter: matrices N(0, 1/(4 fan_in)), norm scales around 1, biases N(0, 0.1). In place."""
     with torch.no_grad():
         for key, parameter in module.named_parameters():
             noise = numpy_rng(seed, f"tiny/{name}/{key}").standard_normal(tuple(parameter.shape)).astype(np.float32)
             value = torch.from_numpy(noise)
             if parameter.ndim > 1:
-                value = value / (parameter[0].numel() ** 0.5 if "embed" not in key or "proj" in key else 2.0)
+                value = value / (2 * parameter[0].numel() ** 0.5)
             elif key.endswith("bias"):
                 value = 0.1 * value
             else:

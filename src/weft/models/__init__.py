@@ -1,0 +1,1 @@
+"""Model families on diffusers/transformers modules. `weft.models.load.load` opens a folder."""

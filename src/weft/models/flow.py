@@ -1,0 +1,290 @@
+"""What all flow families share: sizing pictures, records to conditions, examples, and the flow-matching loss."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from weft import rng
+from weft.errors import WeftError
+from weft.sample import schedules
+from weft.types import Condition, Draw, Example, FlowModel, Loss
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from weft.record import Record
+
+Size = tuple[int, int]  # (height, width) in pixels
+
+
+class FlowFamily(FlowModel, Protocol):
+    """A flow model whose pictures are sized by its family's rule: longer edge `resolution`, rounded to `factor`."""
+
+    resolution: int
+    factor: int
+
+
+def check_size(size: Size, multiple: int) -> Size:
+    """`size` itself, or a WeftError that names the nearest sizes with edges that are multiples of `multiple`."""
+    height, width = (int(edge) for edge in size)
+    if height <= 0 or width <= 0 or height % multiple or width % multiple:
+
+        def near(edge: int, up: int) -> int:
+            return max(multiple, (edge // multiple + (up if edge % multiple else 0)) * multiple)
+
+        raise WeftError(
+            f"size {height}x{width} (height x width): both must be multiples of {multiple}; nearest valid sizes are "
+            f"{near(height, 0)}x{near(width, 0)} and {near(height, 1)}x{near(width, 1)}"
+        )
+    return height, width
+
+
+def fit_longer_edge(size: Size, longer: int, factor: int = 32) -> Size:
+    """The size whose longer edge is exactly `longer`, the other scaled alike and rounded to `factor`.
+
+    `fix_longer_edge` of SkyworkAI/UniPic, UniPic-2/scripts; 640x480 at 512 -> 512x384. Python's rounding (half to
+    even). Where the shorter edge would vanish the release crashes; here a WeftError says so.
+    """
+    height, width = size
+    if min(size) <= 0:
+        raise WeftError(f"a picture of {width}x{height} pixels has no area")
+    shorter = round(min(size) * (longer / max(size)) / factor) * factor
+    if shorter == 0:
+        raise WeftError(
+            f"a picture of {width}x{height} (width x height) is too narrow: at a longer edge of {longer} its shorter "
+            f"edge rounds to 0 (multiples of {factor}); crop it so that one edge is less than {2 * longer // factor} "
+            "times the other"
+        )
+    return (shorter, longer) if width >= height else (longer, shorter)
+
+
+def cover(image: Image.Image, size: Size) -> Image.Image:
+    """The picture scaled (bicubic) until it covers `size`, and cropped around its centre if the aspect differs."""
+    height, width = size
+    if image.size == (width, height):
+        return image
+    scale = max(width / image.width, height / image.height)
+    w, h = width / scale, height / scale
+    left, top = (image.width - w) / 2, (image.height - h) / 2
+    from PIL import Image as Pillow
+
+    return image.resize((width, height), Pillow.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+
+
+def stretch(image: Image.Image, size: Size) -> Image.Image:
+    """The picture resized (bicubic) to `size`, as the release does."""
+    from PIL import Image as Pillow
+
+    height, width = size
+    return image if image.size == (width, height) else image.resize((width, height), Pillow.Resampling.BICUBIC)
+
+
+def pictures(model: FlowFamily, record: Record, *, target: bool = False) -> tuple[Size, list[Image.Image]]:
+    """Output size and input pictures (source first; with `target`, the target last) at the sizes they are encoded at.
+
+    The output's size is `record.meta["size"]` ([height, width]) if given: then source and target cover it exactly,
+    centre-cropped. Otherwise the family's rule sizes the source, or the target if there is no source; a pure
+    generation is square. References always keep their own aspect: longer edge = `model.resolution`.
+    """
+    goal = record.target if target else None
+    if target and goal is None:
+        raise WeftError(f"record {record.id!r} has no target picture to learn from; add an assistant turn with one")
+    source = record.source
+    loaded = {id(part): record.load(part) for part in (*record.inputs, goal) if part is not None}
+    if record.meta.get("size") is not None:
+        size = check_size(tuple(record.meta["size"]), model.multiple)
+    else:
+        aligned = source or goal
+        size = (model.resolution, model.resolution)
+        if aligned is not None:
+            image = loaded[id(aligned)]
+            size = fit_longer_edge((image.height, image.width), model.resolution, model.factor)
+    place = stretch if record.meta.get("size") is None else cover
+    images = []
+    for part in record.inputs:
+        image = loaded[id(part)]
+        if part is source:
+            images.append(place(image, size))
+        else:
+            own = fit_longer_edge((image.height, image.width), model.resolution, model.factor)
+            images.append(stretch(image, own))
+    if goal is not None:
+        images.append(place(loaded[id(goal)], size))
+    return size, images
+
+
+def encode_records(model: FlowFamily, records: Sequence[Record], negative: str | None = None) -> list[Condition]:
+    """Conditions of records: all texts in one pass, all pictures in one pass. With `negative`, its text for all."""
+    sized = [pictures(model, record) for record in records]
+    latents = iter(model.encode_images([image for _, images in sized for image in images]))
+    texts = [_text(record) if negative is None else negative for record in records]
+    return [
+        Condition(record.id, size, tensors, [next(latents) for _ in images])
+        for record, (size, images), tensors in zip(records, sized, model.encode_text(texts), strict=True)
+    ]
+
+
+def _text(record: Record) -> str:
+    text = record.instruction
+    if not text.strip():
+        raise WeftError(f"record {record.id!r} has an empty instruction; say what to make or to change")
+    return text
+
+
+def encode_examples(model: FlowFamily, records: Sequence[Record]) -> list[Example]:
+    """Training examples of records, on the CPU: `target`, `reference.K` (fp32 latents), `text` ..., `task` (bytes)."""
+    sized = [pictures(model, record, target=True) for record in records]
+    latents = iter(model.encode_images([image for _, images in sized for image in images]))
+    examples = []
+    for record, (size, images), tensors in zip(
+        records, sized, model.encode_text([_text(record) for record in records]), strict=True
+    ):
+        *references, target = [next(latents) for _ in images]
+        condition = Condition(record.id, size, tensors, references)
+        examples.append(example_of(condition, target, record.task))
+    return examples
+
+
+def example_of(condition: Condition, target: Tensor, task: str) -> Example:
+    """Flat, named CPU tensors of a condition and its clean target latents [C, h, w]; the inverse of `condition_of`."""
+    example = {name: tensor.cpu() for name, tensor in condition.tensors.items()}
+    example |= {f"reference.{k}": latent.float().cpu() for k, latent in enumerate(condition.references)}
+    return example | {"target": target.float().cpu(), "task": torch.tensor(list(task.encode()), dtype=torch.uint8)}
+
+
+def condition_of(example: Example, record_id: str, downsample: int) -> Condition:
+    """The condition inside an example; its size is the target's, `downsample` pixels per latent cell."""
+    height, width = example["target"].shape[-2:]
+    count = sum(name.startswith("reference.") for name in example)
+    own = {name: t for name, t in example.items() if name not in ("target", "task") and "." not in name}
+    references = [example[f"reference.{k}"] for k in range(count)]
+    return Condition(record_id, (height * downsample, width * downsample), own, references)
+
+
+def task_of(example: Example) -> str:
+    """The task name stored in an example."""
+    return bytes(example["task"].tolist()).decode()
+
+
+def pad_latents(latents: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Latents [C, h, w] of any sizes as [B, C, H, W], zero-padded at bottom and right, and the valid cells.
+
+    The mask is bool [B, 1, H, W], or None where all sizes agree.
+    """
+    if all(x.shape == latents[0].shape for x in latents):
+        return torch.stack(list(latents)), None
+    height, width = max(x.shape[-2] for x in latents), max(x.shape[-1] for x in latents)
+    out = latents[0].new_zeros(len(latents), latents[0].shape[0], height, width)
+    valid = torch.zeros(len(latents), 1, height, width, dtype=torch.bool, device=out.device)
+    for i, x in enumerate(latents):
+        out[i, :, : x.shape[-2], : x.shape[-1]] = x
+        valid[i, :, : x.shape[-2], : x.shape[-1]] = True
+    return out, valid
+
+
+@dataclass(frozen=True)
+class FlowLossConfig:
+    """Options of the flow-matching loss.
+
+    `timestep`: how sigma is drawn: `uniform_shifted` (uniform on the line, then the shift map), `logit_normal`
+    (Stable Diffusion 3, arXiv 2403.03206, section 3.1: `mean`, `std`) or `mode` (same place: `scale`).
+    `shift`: of `uniform_shifted`; None takes the model's own. `text_dropout`: share of the samples of
+    `dropout_tasks` that are trained with the empty text, so that guidance has a negative; references stay.
+    """
+
+    timestep: str = "uniform_shifted"
+    shift: float | None = None
+    mean: float = 0.0
+    std: float = 1.0
+    scale: float = 1.29
+    text_dropout: float = 0.1
+    dropout_tasks: tuple[str, ...] = ("generate",)
+
+    def __post_init__(self) -> None:
+        if self.timestep not in TIMESTEPS:
+            raise WeftError(f"timestep {self.timestep!r} is unknown; choose one of {', '.join(TIMESTEPS)}")
+        if not 0 <= self.text_dropout <= 1:
+            raise WeftError(f"text_dropout is {self.text_dropout}; it is a share between 0 and 1")
+
+
+TIMESTEPS = ("uniform_shifted", "logit_normal", "mode")
+
+
+def draw_sigma(config: FlowLossConfig, shift: float, generator: torch.Generator) -> float:
+    """One training sigma in [0, 1] as `config` says; `shift` is the model's, used where the config names none."""
+    if config.timestep == "logit_normal":
+        sigma = schedules.logit_normal(1, mean=config.mean, std=config.std, generator=generator)
+    elif config.timestep == "mode":
+        sigma = schedules.mode(1, scale=config.scale, generator=generator)
+    else:
+        own = shift if config.shift is None else config.shift
+        sigma = schedules.uniform_shifted(1, shift=own, generator=generator)
+    return float(sigma)
+
+
+class LossModel(Protocol):
+    """What the loss needs of a flow model (see `weft.types.FlowModel`), its own shift, and the empty text's states."""
+
+    shift: float
+    downsample: int
+
+    def prepare(self, conditions: Sequence[Condition]) -> dict: ...
+
+    def velocity(self, x: Tensor, sigma: Tensor, batch: dict) -> Tensor: ...
+
+    def empty_text(self) -> dict[str, Tensor]: ...
+
+
+def flow_matching_loss(
+    model: LossModel,
+    examples: Sequence[Example],
+    draw: Draw,
+    config: FlowLossConfig | None = None,
+    sigma: Sequence[float] | Tensor | None = None,
+) -> Loss:
+    """Rectified-flow loss: the mean of (v - (noise - x0))^2 over each sample's real cells, in fp32, per sample.
+
+    x_sigma = (1 - sigma) x0 + sigma noise (arXiv 2209.03003; arXiv 2403.03206, equation 14). Noise, sigma and
+    dropout of a sample are functions of (seed, step, record id, occurrence in the batch). `sigma` [B] fixes the
+    times and turns text dropout off (for a held-out loss).
+    """
+    config = config or FlowLossConfig()
+    if len(examples) != len(draw.record_ids):
+        raise WeftError(f"{len(examples)} examples but {len(draw.record_ids)} record ids; they belong together")
+    seen: Counter[str] = Counter()
+    conditions, noises, sigmas, dropped = [], [], [], 0
+    for i, (example, record) in enumerate(zip(examples, draw.record_ids, strict=True)):
+        where = (draw.step, record, seen[record])
+        seen[record] += 1
+        condition = condition_of(example, record, model.downsample)
+        if sigma is None:
+            sigmas.append(draw_sigma(config, model.shift, rng.generator(draw.seed, "sigma", *where)))
+            if task_of(example) in config.dropout_tasks:
+                if rng.numpy_rng(draw.seed, "text_dropout", *where).random() < config.text_dropout:
+                    condition.tensors = condition.tensors | model.empty_text()
+                    dropped += 1
+        else:
+            sigmas.append(float(sigma[i]))
+        conditions.append(condition)
+        noises.append(rng.normal(tuple(example["target"].shape), draw.seed, "noise", *where))
+    batch = model.prepare(conditions)
+    device = batch["text"].device
+    x0, valid = pad_latents([example["target"].float() for example in examples])
+    noise, _ = pad_latents(noises)
+    x0, noise = x0.to(device), noise.to(device)
+    time = torch.tensor(sigmas, dtype=torch.float32, device=device)
+    t = time[:, None, None, None]
+    error = model.velocity((1 - t) * x0 + t * noise, time, batch).float() - (noise - x0)
+    error = error.square().mean(1, keepdim=True)  # [B, 1, H, W]
+    if valid is None:
+        per_sample = error.flatten(1).mean(1)
+    else:
+        mask = valid.to(device)
+        per_sample = (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
+    return Loss(per_sample, {"sigma": sum(sigmas) / len(sigmas), "text_dropped": dropped / len(sigmas)})

@@ -1,0 +1,1 @@
+"""Image families: one file adapts one family's diffusers modules to `weft.types.FlowModel`."""

@@ -1,0 +1,242 @@
+"""Reading and writing the released folder layout: one sub-folder per part, safetensors and JSON only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from weft.errors import WeftError
+
+SD3_PARTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+SD3_OPTIONAL = ("text_encoder_3", "tokenizer_3")
+
+LICENCES = {
+    "UniPic2-SD3.5M-Kontext-2B": "MIT as published by Skywork; derived from Stable Diffusion 3.5 Medium, whose "
+    "Stability AI Community License covers its derivatives (commercial use is limited by revenue)",
+    "UniPic2-SD3.5M-Kontext-GRPO-2B": "MIT as published by Skywork; derived from Stable Diffusion 3.5 Medium, whose "
+    "Stability AI Community License covers its derivatives (commercial use is limited by revenue)",
+    "stable-diffusion-3.5-medium": "Stability AI Community License (commercial use is limited by revenue)",
+    "stable-diffusion-3-medium-diffusers": "Stability AI Community License (commercial use is limited by revenue)",
+}
+
+
+def licence_note(name: str | Path) -> str | None:
+    """What is known about the licence of a public checkpoint, by the last part of its hub id or folder name."""
+    return LICENCES.get(str(name).rstrip("/").split("/")[-1])
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """`model_index.json` of a model folder; {} where a release loads part by part and has none. WeftError if broken."""
+    path = folder / "model_index.json"
+    if not path.is_file():
+        return {}
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeftError(f"{path}: not valid JSON ({_line(error)}); download or export the model again") from error
+    if not isinstance(index, dict):
+        raise WeftError(f"{path}: must be a JSON object; download or export the model again")
+    return index
+
+
+def load_sd3_parts(
+    folder: Path, *, dtype: torch.dtype, quantization: dict[str, Any] | None = None, device_map: Any = None
+) -> dict[str, Any]:
+    """The parts of an SD3 / SD3.5 / UniPic2-Kontext folder by name, in eval mode.
+
+    `quantization` maps part names to a ready configuration object (see `weft.models.load`). Raises WeftError that
+    names the part which is missing, unreadable, incomplete or of other shapes than its configuration says.
+    """
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+
+    index = read_index(folder)
+    third = _has(folder, "text_encoder_3", index)
+    names = SD3_PARTS + (SD3_OPTIONAL if third else ())
+    missing = [name for name in names if not (folder / name).is_dir()]
+    if missing:
+        raise WeftError(f"{folder}: no folder {missing[0]!r}; a model needs {', '.join(names)}")
+    quantization = quantization or {}
+    networks: dict[str, Any] = {
+        "transformer": SD3Transformer2DModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModelWithProjection,
+        "text_encoder_2": CLIPTextModelWithProjection,
+        "text_encoder_3": T5EncoderModel,
+    }
+    parts: dict[str, Any] = {}
+    for name in names:
+        if name in networks:
+            parts[name] = _network(folder / name, networks[name], dtype, quantization.get(name), device_map)
+        elif name == "scheduler":
+            parts[name] = _guard(folder / name, lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(folder / name))
+        else:
+            parts[name] = _guard(folder / name, lambda name=name: AutoTokenizer.from_pretrained(folder / name))
+    return parts
+
+
+def _has(folder: Path, name: str, index: dict[str, Any]) -> bool:
+    """Whether an optional part belongs to the folder: the index says so, or without one the folder is there."""
+    if name in index:
+        return bool(index[name] and index[name][0])
+    return (folder / name).is_dir()
+
+
+def _network(path: Path, kind: Any, dtype: torch.dtype, quantization: Any, device_map: Any) -> nn.Module:
+    config = path / "config.json"
+    if not config.is_file():
+        raise WeftError(f"{path}: no config.json; download or export the model again")
+    if not list(path.glob("*.safetensors")):
+        raise WeftError(f"{path}: no *.safetensors weights (pickled .bin and .pt files are not read)")
+    # Named arguments only where set: both libraries warn about a quantisation configuration that is None.
+    options: dict[str, Any] = {"quantization_config": quantization} if quantization is not None else {}
+    if quantization is not None and device_map is not None:
+        options["device_map"] = device_map
+    # transformers 5 names the argument `dtype`, diffusers `torch_dtype`.
+    options["dtype" if kind.__module__.startswith("transformers") else "torch_dtype"] = dtype
+    _quiet()
+
+    def load() -> Any:
+        return kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
+
+    module, info = _guard(path, load)
+    lost = sorted(info["missing_keys"])
+    if lost:
+        raise WeftError(f"{path}: {len(lost)} weights are missing, the first is {lost[0]}; download the model again")
+    wrong = list(info.get("mismatched_keys", ()))
+    if wrong:
+        raise WeftError(f"{path}: weights do not have the shapes of config.json, the first is {wrong[0]}")
+    return module.eval()
+
+
+def _guard(path: Path, load: Any) -> Any:
+    """Run a loader of diffusers/transformers; what it cannot read becomes one line that names the part."""
+    from safetensors import SafetensorError
+
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, (WeftError, torch.OutOfMemoryError)):
+            raise
+        raise WeftError(f"{path}: cannot be read ({_line(error)}); download or export the model again") from error
+
+
+def _quiet() -> None:
+    """No bars for loading weights: a tiny model draws five of them in a tenth of a second."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def save_folder(parts: dict[str, Any], folder: Path, dtype: torch.dtype | None = None) -> Path:
+    """Write `parts` as a diffusers folder with `model_index.json`; floating-point weights as `dtype` if given.
+
+    Everything is written beside `folder` first and moved when complete, so a full disk loses nothing.
+    """
+    from diffusers import __version__
+
+    _quiet()
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            keys = dict(part.named_parameters())
+            if any("lora_" in key for key in keys):
+                raise WeftError(f"{name} carries a LoRA; merge it or take it off before saving the model")
+            if any(value.is_meta for value in keys.values()):
+                raise WeftError(f"{name} is offloaded; load the model with offload='none' to save it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+    index: dict[str, Any] = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": __version__}
+    for name in (*SD3_OPTIONAL, "image_encoder", "feature_extractor"):
+        index[name] = [None, None]
+    try:
+        for name, part in parts.items():
+            if part is None:
+                continue
+            _save_part(part, draft / name, dtype)
+            index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (draft / "model_index.json").write_text(text, encoding="utf-8")
+        if not folder.exists():
+            draft.rename(folder)
+            return folder
+        for new in sorted(draft.iterdir(), key=lambda path: path.name == "model_index.json"):
+            old = folder / new.name
+            if old.is_dir():
+                old.rename(draft / f".old-{new.name}")
+            new.replace(old)
+    except OSError as error:
+        raise WeftError(f"{folder}: cannot be written ({_line(error)}); check space and rights") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def _save_part(part: Any, path: Path, dtype: torch.dtype | None) -> None:
+    if dtype is None or not isinstance(part, nn.Module):
+        part.save_pretrained(path)
+        return
+    import safetensors.torch
+
+    part.save_pretrained(path)
+    for file in path.glob("*.safetensors"):
+        tensors = safetensors.torch.load_file(file)
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+
+
+def load_lora(transformer: Any, path: Path, name: str) -> None:
+    """Add a LoRA in diffusers or peft layout (a safetensors file, or a folder with one) as adapter `name`.
+
+    Its strength is set by `transformer.set_adapters(names, weights)`. Raises WeftError if there is no such file or
+    it has no weights for this transformer.
+    """
+    import safetensors.torch
+
+    file = path
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            raise WeftError(f"{path}: a LoRA folder must hold exactly one *.safetensors file, found {len(files)}")
+        file = files[0]
+    if not file.is_file():
+        raise WeftError(f"no LoRA at {path}; give a .safetensors file or a folder with one")
+    state = _guard(file, lambda: safetensors.torch.load_file(file))
+    state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    if not any(key.startswith("transformer.") for key in state):
+        state = {f"transformer.{key}": value for key, value in state.items()}
+    state = {key: value for key, value in state.items() if key.startswith("transformer.") and "lora" in key}
+    if not state:
+        raise WeftError(f"{file}: no LoRA weights for the transformer in it")
+    metadata = _lora_config(file)
+    load = partial(transformer.load_lora_adapter, state, prefix="transformer", adapter_name=name, metadata=metadata)
+    _guard(file, load)
+
+
+def _lora_config(file: Path) -> dict[str, Any] | None:
+    """Rank and alpha of a LoRA: from the file's own header (diffusers) or the adapter_config.json beside it (peft)."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as handle:
+        header = (handle.metadata() or {}).get("lora_adapter_metadata")
+    if header:
+        config = {key.removeprefix("transformer."): value for key, value in json.loads(header).items()}
+    elif file.with_name("adapter_config.json").is_file():
+        config = json.loads(file.with_name("adapter_config.json").read_text(encoding="utf-8"))
+    else:
+        return None
+    known = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
+    return {f"transformer.{key}": config[key] for key in known if config.get(key) is not None}
