@@ -1,13 +1,14 @@
 """The Python face of weft: a loaded model that generates, edits and runs batches of records.
 
-    model = weft.load("tiny-kontext")
-    scene = model.generate("a red star left of a blue ring", seed=7)
-    three = model.edit(scene, "make the star green", seed=7, n=3)
-    model.edit("scene.png", weft.weave("give the star the material of {cloth.png}"))
+model = weft.load("tiny-kontext")
+scene = model.generate("a red star left of a blue ring", seed=7)
+three = model.edit(scene, "make the star green", seed=7, n=3)
+model.edit("scene.png", weft.weave("give the star the material of {cloth.png}"))
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,24 +28,30 @@ if TYPE_CHECKING:
 Picture = Image.Image | str | Path
 Instruction = str | Sequence[Part]
 
-STEPS, GUIDANCE, BATCH = 28, 3.5, 8
+
+@dataclass(slots=True, frozen=True)
+class Defaults:
+    """What a model is sampled with where nothing else is said: the numbers of its `weft.json`, else these."""
+
+    steps: int = 28
+    guidance: float = 3.5
 
 
 @dataclass(slots=True)
 class Options:
-    """How to sample. `guidance` 1 switches classifier-free guidance off and halves the work; `batch` changes the
-    speed and the memory, never the pictures."""
+    """How to sample; None is the model's own default. `guidance` 1 switches classifier-free guidance off and halves
+    the work; `batch` changes the speed and the memory, never the pictures."""
 
-    steps: int = STEPS
-    guidance: float = GUIDANCE
+    steps: int | None = None
+    guidance: float | None = None
     negative: str = ""
-    batch: int = BATCH
+    batch: int = 8
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
+        if self.steps is not None and self.steps < 1:
             raise WeftError(f"steps is {self.steps}; it must be at least 1")
-        if self.guidance < 1:
+        if self.guidance is not None and self.guidance < 1:
             raise WeftError(f"guidance is {self.guidance:g}; it must be at least 1 (1: no guidance)")
         if self.batch < 1:
             raise WeftError(f"batch is {self.batch}; it must be at least 1")
@@ -72,23 +79,31 @@ class Model:
     Every picture is a function of (model, instruction, pictures, options, its own seed) and not of its batch.
     """
 
-    def __init__(self, flow: FlowModel, name: str | None = None) -> None:
+    def __init__(self, flow: FlowModel, name: str | None = None, defaults: Defaults | None = None) -> None:
         self.flow = flow
         self.name = name or flow.name
+        self.defaults = defaults or Defaults()
 
     def __repr__(self) -> str:
         return f"weft.Model({self.name!r})"
 
+    def resolve(self, options: Options) -> tuple[int, float]:
+        """Steps and guidance: as asked, else the model's defaults."""
+        return (
+            self.defaults.steps if options.steps is None else options.steps,
+            self.defaults.guidance if options.guidance is None else options.guidance,
+        )
+
     @overload
     def generate(
         self, instruction: Instruction, *, seed: int = ..., n: None = ..., references: Sequence[Picture] = ...,
-        steps: int = ..., guidance: float = ..., negative: str = ..., size: tuple[int, int] | None = ...,
+        steps: int | None = ..., guidance: float | None = ..., negative: str = ..., size: tuple[int, int] | None = ...,
     ) -> Image.Image: ...  # fmt: skip
 
     @overload
     def generate(
         self, instruction: Instruction, *, seed: int = ..., n: int, references: Sequence[Picture] = ...,
-        steps: int = ..., guidance: float = ..., negative: str = ..., size: tuple[int, int] | None = ...,
+        steps: int | None = ..., guidance: float | None = ..., negative: str = ..., size: tuple[int, int] | None = ...,
     ) -> list[Image.Image]: ...  # fmt: skip
 
     def generate(
@@ -98,15 +113,16 @@ class Model:
         seed: int = 0,
         n: int | None = None,
         references: Sequence[Picture] = (),
-        steps: int = STEPS,
-        guidance: float = GUIDANCE,
+        steps: int | None = None,
+        guidance: float | None = None,
         negative: str = "",
         size: tuple[int, int] | None = None,
     ) -> Image.Image | list[Image.Image]:
         """Pictures of a sentence, or of a sentence with pictures woven in (`weft.weave`).
 
-        `references` are attached before the text as picture 1, 2 ...; `size` is (height, width) in pixels. One picture, or with `n` a list of n whose k-th has
-        the seed `seed + k`. Each picture's `info["weft"]` holds its seed, model and instruction.
+        `references` are attached before the text as picture 1, 2 ...; `size` is (height, width) in pixels. One
+        picture, or with `n` a list of n whose k-th has the seed `seed + k`. Each picture's `info["weft"]` holds its
+        seed, model and instruction.
 
         Raises:
             WeftError: empty instruction, a picture that cannot be read, a size that the model cannot make.
@@ -117,15 +133,15 @@ class Model:
     @overload
     def edit(
         self, source: Picture, instruction: Instruction, *, seed: int = ..., n: None = ...,
-        references: Sequence[Picture] = ..., mask: Picture | None = ..., steps: int = ..., guidance: float = ...,
-        negative: str = ..., size: tuple[int, int] | None = ...,
+        references: Sequence[Picture] = ..., mask: Picture | None = ..., steps: int | None = ...,
+        guidance: float | None = ..., negative: str = ..., size: tuple[int, int] | None = ...,
     ) -> Image.Image: ...  # fmt: skip
 
     @overload
     def edit(
         self, source: Picture, instruction: Instruction, *, seed: int = ..., n: int,
-        references: Sequence[Picture] = ..., mask: Picture | None = ..., steps: int = ..., guidance: float = ...,
-        negative: str = ..., size: tuple[int, int] | None = ...,
+        references: Sequence[Picture] = ..., mask: Picture | None = ..., steps: int | None = ...,
+        guidance: float | None = ..., negative: str = ..., size: tuple[int, int] | None = ...,
     ) -> list[Image.Image]: ...  # fmt: skip
 
     def edit(
@@ -137,8 +153,8 @@ class Model:
         n: int | None = None,
         references: Sequence[Picture] = (),
         mask: Picture | None = None,
-        steps: int = STEPS,
-        guidance: float = GUIDANCE,
+        steps: int | None = None,
+        guidance: float | None = None,
         negative: str = "",
         size: tuple[int, int] | None = None,
     ) -> Image.Image | list[Image.Image]:
@@ -179,15 +195,15 @@ class Model:
         # A record's condition is computed once however many samples it has in the batch.
         unique = list({id(record): record for record, _ in jobs}.values())
         place = {id(record): i for i, record in enumerate(unique)}
-        guided = options.guidance > 1
+        steps, guidance = self.resolve(options)
         positive = self.flow.encode(unique)
-        negative = self.flow.encode(unique, negative=options.negative) if guided else None
+        negative = self.flow.encode(unique, negative=options.negative) if guidance > 1 else None
         pick = [place[id(record)] for record, _ in jobs]
         rollout = sample_flow(
             self.flow,
             [positive[i] for i in pick],
-            steps=options.steps,
-            guidance=options.guidance,
+            steps=steps,
+            guidance=guidance,
             negative=[negative[i] for i in pick] if negative else None,
             seeds=[seed for _, seed in jobs],
             progress=options.progress,
@@ -198,7 +214,7 @@ class Model:
                 image = _keep_outside(image, record)
             facts = {
                 "weft": weft.__version__, "model": self.name, "instruction": record.instruction, "seed": seed,
-                "steps": options.steps, "guidance": options.guidance, "negative": options.negative,
+                "steps": steps, "guidance": guidance, "negative": options.negative,
             }  # fmt: skip
             image.info["weft"] = facts
             yield Output(record, image, seed, facts)
@@ -215,24 +231,42 @@ def load(
     *,
     device: str | None = None,
     dtype: str | None = None,
-    lora: Sequence[str] = (),
+    lora: Sequence[str | tuple[str, float]] = (),
     attention_backend: str | None = None,
     tiling: bool = False,
-    offload: str | None = None,
-    quantization: str | None = None,
+    slicing: bool = False,
+    offload: str = "none",
+    quantization: str | dict[str, str] | None = None,
+    resolution: int | None = None,
 ) -> Model:
-    """Load a zoo name, a folder in diffusers layout, or a hub id; the options go to `weft.models.load`.
+    """Load a zoo name, a folder in diffusers layout, or a hub id; the options are those of `weft.models.load.load`.
 
     Raises:
         WeftError: unknown name (the known ones are listed), a folder that is broken or of an unknown family.
     """
+    from weft.models.load import find_model
     from weft.models.load import load as load_flow
 
+    folder = find_model(str(model))
     flow = load_flow(
-        model, device=device, dtype=dtype, lora=list(lora), attention_backend=attention_backend,
-        tiling=tiling, offload=offload, quantization=quantization,
+        folder, device=device, dtype=dtype, lora=lora, attention_backend=attention_backend, tiling=tiling,
+        slicing=slicing, offload=offload, quantization=quantization, resolution=resolution,
     )  # fmt: skip
-    return Model(flow, str(model))
+    flow.name = str(model)  # in results and reports, the model rather than its family
+    return Model(flow, str(model), read_defaults(folder))
+
+
+def read_defaults(folder: Path) -> Defaults:
+    """The sampling defaults in a model folder's `weft.json` ({"steps": 28, "guidance": 3.5}), if it has one."""
+    path = folder / "weft.json"
+    if not path.is_file():
+        return Defaults()
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        known = Defaults()
+        return Defaults(int(found.get("steps", known.steps)), float(found.get("guidance", known.guidance)))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise WeftError(f'{path}: not of the form {{"steps": 28, "guidance": 3.5}} ({error})') from error
 
 
 def _keep_outside(image: Image.Image, record: Record) -> Image.Image:

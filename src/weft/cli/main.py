@@ -1,6 +1,7 @@
-"""The `weft` command: find the command, let tyro fill its dataclass, run it, and turn what users can cause into a line.
+"""The `weft` command: find the command, let tyro fill its dataclass, run it, turn what users can cause into a line.
 
-Exit status: 0 done, 1 done but something is wrong (`data check`, `doctor`), 2 bad input or environment, 130 interrupted.
+Exit status: 0 done; 1 done, but something is wrong (`data check`, `doctor`); 2 bad input or environment;
+130 interrupted.
 Set WEFT_DEBUG=1 for the traceback behind a message.
 """
 

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from weft.cli.options import QUIET, File, ModelOptions, SamplingOptions, check_file, check_folder, check_picture_path, parse_size
+from weft.cli.options import (
+    QUIET,
+    File,
+    ModelOptions,
+    SamplingOptions,
+    check_file,
+    check_folder,
+    check_picture_path,
+    parse_size,
+)
 from weft.errors import WeftError
 
 if TYPE_CHECKING:

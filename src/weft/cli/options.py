@@ -30,7 +30,9 @@ class ModelOptions:
 
     model: str = "tiny-kontext"
     """A model of the zoo, a folder in diffusers layout, or a hub id."""
-    lora: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH[:SCALE]")] = field(default_factory=list)
+    lora: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH[:SCALE]")] = field(
+        default_factory=list
+    )
     """An adapter and its strength, as style.safetensors:0.8; can be repeated."""
     device: Text = None
     """cpu, cuda, cuda:1, mps; default: the best that is here."""
@@ -40,10 +42,14 @@ class ModelOptions:
     """An attention backend of diffusers, such as native or flash."""
     tiling: bool = False
     """Decode large pictures in tiles."""
-    offload: Annotated[Literal["model", "sequential"] | None, QUIET] = None
-    """Keep idle networks in main memory."""
-    quantization: Annotated[Literal["int8", "nf4"] | None, QUIET] = None
-    """Load the transformer in fewer bits (extra: quant)."""
+    slicing: bool = False
+    """Decode a batch's pictures one by one."""
+    offload: Literal["none", "model", "sequential"] = "none"
+    """Keep idle networks (model) or layers (sequential) in main memory."""
+    quantization: Annotated[Literal["8bit", "4bit"] | None, QUIET] = None
+    """Load transformer and T5 in fewer bits (extra: quant)."""
+    resolution: Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="")] = None
+    """The longer edge of pictures that no --size is given for; default: the model's."""
 
     def load(self) -> Model:
         """The loaded model."""
@@ -56,8 +62,10 @@ class ModelOptions:
             lora=self.lora,
             attention_backend=self.attention,
             tiling=self.tiling,
+            slicing=self.slicing,
             offload=self.offload,
             quantization=self.quantization,
+            resolution=self.resolution,
         )
 
 
@@ -67,10 +75,10 @@ class SamplingOptions:
 
     seed: int = 0
     """The seed of the first picture; picture k has seed + k."""
-    steps: int = 28
-    """Sampling steps."""
-    guidance: float = 3.5
-    """Classifier-free guidance; 1 switches it off and halves the time."""
+    steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
+    """Sampling steps; default: the model's."""
+    guidance: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
+    """Classifier-free guidance; 1 switches it off and halves the time; default: the model's."""
     negative: Annotated[str, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")] = ""
     """What the picture should not be (used by the guidance)."""
     size: Annotated[str | None, tyro.conf.arg(metavar="WxH", help_behavior_hint="")] = None
@@ -99,7 +107,9 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 def check_picture_path(path: Path) -> None:
     """Refuse an output file that could not be written, before any work is done."""
     if path.suffix.lower() in MOVEMENTS:
-        raise WeftError(f"{path}: no model of this installation makes movements; write a picture ({', '.join(PICTURES)})")
+        raise WeftError(
+            f"{path}: no model of this installation makes movements; write a picture ({', '.join(PICTURES)})"
+        )
     if path.suffix.lower() not in PICTURES:
         raise WeftError(f"{path}: unknown suffix {path.suffix!r}; write a picture: {', '.join(PICTURES)}")
     if path.is_dir():

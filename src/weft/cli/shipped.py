@@ -43,3 +43,8 @@ def tested_versions() -> dict[str, str]:
     path = path if path.is_file() else _PACKAGE.parents[1] / "constraints.txt"
     lines = [line.partition("#")[0].strip() for line in path.read_text("utf-8").splitlines()]
     return dict(line.split("==") for line in lines if line)
+
+
+def zoo_models() -> dict[str, Path]:
+    """The models that ship with weft, by name."""
+    return {path.parent.name: path.parent for path in sorted(_PACKAGE.glob("zoo/*/model_index.json"))}

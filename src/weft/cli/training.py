@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
 
+from weft.cli.options import QUIET
 from weft.cli.shipped import find_recipe
+
+Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]", help_behavior_hint="")]
 
 
 @dataclass
@@ -19,18 +23,23 @@ class Train:
 
     recipe: Positional[str]
     """A YAML file, or the name of a recipe that ships with weft, such as tiny/kontext."""
-    overrides: Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]", help_behavior_hint="")]] = ()
+    overrides: Positional[Overrides] = ()
     """Values that replace the recipe's."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FOLDER", help_behavior_hint="")] = None
     """The folder of the run; the same as run.folder=OUT."""
+    evaluate: Annotated[Literal["world"] | None, QUIET] = None
+    """Measure success on the embedded world every run.evaluate_every steps."""
 
     def run(self) -> int:
         path = find_recipe(self.recipe)
-        overrides = [*self.overrides, *([f"run.folder={self.out}"] if self.out else [])]
+        overrides = [*self.overrides, *([f"run.folder={json.dumps(str(self.out))}"] if self.out else [])]
+        from weft.evals.world import world_evaluator
         from weft.train import run
 
-        result = run(path, overrides)
-        print(f"done: {result.folder}")
+        measure = world_evaluator() if self.evaluate else None
+        evaluators = {"world": lambda model, step: measure(model)} if measure else None
+        result = run(path, overrides, evaluators=evaluators)
+        print(result.export or result.folder)
         return 0
 
 
@@ -40,7 +49,7 @@ class Plan:
 
     recipe: Positional[str]
     """A YAML file, or the name of a recipe that ships with weft."""
-    overrides: Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]", help_behavior_hint="")]] = ()
+    overrides: Positional[Overrides] = ()
     """Values that replace the recipe's."""
 
     def run(self) -> int:

@@ -1,0 +1,320 @@
+"""The command line: help is instant, every mistake is one clear line and status 2, nothing half-written stays."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from weft.cli import main as cli
+from weft.cli.options import parse_size
+from weft.cli.shipped import find_recipe, tested_versions
+from weft.errors import WeftError
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def weft(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in this process: (status, stdout, stderr)."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        try:
+            status = cli.main([str(word) for word in words])
+        except SystemExit as stop:  # how tyro ends on --help and on unknown options
+            status = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import tiny_kontext_folder
+
+    return tiny_kontext_folder(tmp_path_factory.mktemp("cli") / "tiny")
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "scene.png"
+    Image.linear_gradient("L").convert("RGB").resize((64, 64)).save(path)
+    return path
+
+
+def is_one_line(result: tuple[int, str, str], *words: str) -> None:
+    """Status 2, nothing on stdout, one line on stderr that holds the words."""
+    status, out, err = result
+    assert status == 2, err
+    assert out == ""
+    assert err.startswith("weft: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    for word in words:
+        assert word in err, f"{word!r} is not in: {err}"
+
+
+# ---------------------------------------------------------------- help
+
+
+def test_help_names_every_command(weft: Run) -> None:
+    for words in ([], ["--help"], ["-h"], ["help"]):
+        status, out, _ = weft(*words)
+        assert status == 0
+        assert all(f"  {name} " in out for name in cli.COMMANDS)
+    assert weft("data")[1].count("  data ") == 3
+    assert weft("--version")[1].startswith("weft 0.")
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_command_explains_itself_without_torch(name: str) -> None:
+    code = f"import sys; from weft.cli.main import main; main({[*name.split(), '--help']!r})"
+    check = "import atexit, sys; atexit.register(lambda: print('HEAVY', *{'torch', 'diffusers'} & set(sys.modules))); "
+    done = subprocess.run([sys.executable, "-c", check + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: weft {name}" in done.stdout
+    assert done.stdout.rstrip().endswith("HEAVY"), "help must not import torch"
+
+
+def test_help_is_instant() -> None:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "weft", "edit", "--help"], capture_output=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1.0
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_unknown_commands_get_the_nearest(weft: Run) -> None:
+    is_one_line(weft("edt"), "did you mean 'weft edit'?")
+    is_one_line(weft("data", "chek"), "did you mean 'weft data check'?")
+    is_one_line(weft("frobnicate"), "known: tour, generate")
+
+
+def test_unknown_options_are_refused(weft: Run, tmp_path: Path) -> None:
+    status, _, err = weft("generate", "a star", "-o", tmp_path / "x.png", "--gidance", "3")
+    assert status == 2 and "--gidance" in err
+
+
+def test_bad_requests(weft: Run, tmp_path: Path, picture: Path) -> None:
+    out = tmp_path / "out.png"
+    is_one_line(weft("generate", "-o", out), "no instruction")
+    is_one_line(weft("generate", "  ", "-o", out), "instruction", "empty")
+    is_one_line(weft("edit", picture, "", "-o", out), "instruction", "empty")
+    is_one_line(weft("edit", "-o", out), "no source picture")
+    is_one_line(weft("edit", tmp_path / "missing.png", "make it red", "-o", out), "missing.png", "scene.png")
+    is_one_line(weft("generate", "like {nowhere.png}", "-o", out), "nowhere.png")
+    is_one_line(weft("generate", "a star", "-o", out, "--size", "big"), "--size 'big'", "96x64")
+    is_one_line(weft("generate", "a star", "-o", out, "--steps", "0"), "steps is 0")
+    is_one_line(weft("generate", "a star", "-o", out, "--guidance", "0.5"), "guidance is 0.5")
+    is_one_line(weft("generate", "a star", "-o", tmp_path / "out.bvh"), "movements")
+    is_one_line(weft("generate", "a star", "-o", tmp_path / "out.txt"), "'.txt'", ".png")
+    is_one_line(weft("generate", "a star", "-o", tmp_path), "folder")
+    is_one_line(weft("generate", "a star", "--records", "r.jsonl", "-o", out), "exclude")
+    is_one_line(weft("generate", "--records", tmp_path / "r.jsonl", "-o", tmp_path / "o"), "r.jsonl")
+    is_one_line(weft("plan", "tiny/nothing-like-it-at-all"), "no recipe")
+    is_one_line(weft("data", "check", tmp_path / "r.jsonl"), "r.jsonl", "does not exist")
+    is_one_line(weft("data", "convert", tmp_path, "-o", tmp_path / "r.txt"), ".jsonl")
+    assert not out.exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(weft: Run, tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("not a folder")
+    is_one_line(weft("generate", "a star", "-o", blocker / "out.png"), "file")
+    if os.geteuid() != 0:  # root writes everywhere
+        locked = tmp_path / "locked"
+        locked.mkdir(mode=0o500)
+        is_one_line(weft("generate", "a star", "-o", locked / "out.png"), "cannot be written")
+
+
+def test_models_that_are_none(weft: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    is_one_line(weft("generate", "a star", "-o", out, "--model", "tiny-kontexd"), "tiny-kontexd")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    is_one_line(weft("generate", "a star", "-o", out, "--model", empty), "model_index.json")
+    (empty / "model_index.json").write_text("{not json")
+    is_one_line(weft("generate", "a star", "-o", out, "--model", empty), str(empty))
+    (empty / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+    is_one_line(weft("generate", "a star", "-o", out, "--model", empty), str(empty))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out.png"), ["disk is full", "out.png"]),
+        (PermissionError(errno.EACCES, "Permission denied", "out.png"), ["Permission denied: out.png"]),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), ["No such file", "x"]),
+        (MemoryError(), ["out of memory", "--batch"]),
+        (WeftError("two\nlines"), ["two lines"]),
+    ],
+)
+def test_errors_are_one_line(weft: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, words: list[str]) -> None:
+    def fail(argv: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "dispatch", fail)
+    is_one_line(weft("doctor"), *words)
+
+
+def test_bugs_keep_their_traceback(weft: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "dispatch", lambda argv: 1 // 0)
+    status, _, err = weft("doctor")
+    assert status == 1 and "ZeroDivisionError" in err and "report" in err
+
+
+def test_interruption(weft: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(argv: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "dispatch", stop)
+    status, _, err = weft("doctor")
+    assert status == 130 and err.count("\n") == 1
+
+
+# ---------------------------------------------------------------- the small parts
+
+
+def test_sizes() -> None:
+    assert parse_size(None) is None
+    assert parse_size("96x64") == (64, 96)
+    assert parse_size("64") == (64, 64)
+    for wrong in ("", "x", "0x64", "64x0", "64x", "-64", "64*64", "6.4x64"):
+        with pytest.raises(WeftError, match="WIDTHxHEIGHT"):
+            parse_size(wrong)
+
+
+def test_recipes_are_found_by_path_and_by_name(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("run: {steps: 1}")
+    assert find_recipe(str(mine)) == mine
+    assert find_recipe("tiny/tour_tone").name == "tour_tone.yaml"
+    assert find_recipe("recipes/tiny/tour_tone.yaml") == find_recipe("tiny/tour_tone")
+    with pytest.raises(WeftError, match="did you mean tiny/tour_tone"):
+        find_recipe("tiny/tour_ton")
+
+
+def test_the_tested_versions_are_readable() -> None:
+    assert tested_versions()["torch"].count(".") == 2
+
+
+# ---------------------------------------------------------------- making pictures
+
+
+def test_generate_and_edit(weft: Run, tiny: Path, picture: Path, tmp_path: Path) -> None:
+    from weft.media import load_image, read_metadata
+
+    options = ["--model", tiny, "--steps", 2, "--size", "64x64"]
+    scene = tmp_path / "new" / "a.png"
+    status, out, err = weft("generate", "a red star", "-o", scene, "--seed", 5, *options)
+    assert status == 0, err
+    assert out.strip() == str(scene)
+    facts = read_metadata(scene)
+    assert facts["seed"] == 5 and facts["instruction"] == "a red star" and facts["model"] == str(tiny)
+
+    edited = tmp_path / "b.webp"
+    text = f"make it like {{{scene}}}"
+    assert weft("edit", picture, text, "-o", edited, "-n", 2, "--seed", 7, *options)[0] == 0
+    names = [tmp_path / "b-0.webp", tmp_path / "b-1.webp"]
+    assert [read_metadata(name)["seed"] for name in names] == [7, 8]
+    assert read_metadata(names[0])["instruction"] == "make it like picture 2"
+
+    plain = tmp_path / "plain.png"
+    assert weft("edit", picture, "make it red", "-o", plain, "--no-metadata", *options)[0] == 0
+    assert read_metadata(plain) == {} and load_image(plain).size == (64, 64)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+    is_one_line(weft("generate", "a star", "-o", scene, "--model", tiny, "--size", "63x64"), "64x63", "multiples")
+
+
+def test_a_mask_keeps_what_lies_outside(weft: Run, tiny: Path, picture: Path, tmp_path: Path) -> None:
+    import numpy as np
+
+    mask = tmp_path / "mask.png"
+    white = Image.new("L", (64, 64))
+    white.paste(255, (0, 0, 32, 64))
+    white.save(mask)
+    out = tmp_path / "out.png"
+    words = ["edit", picture, "make it red", "-o", out, "--mask", mask, "--model", tiny, "--steps", 2]
+    assert weft(*words, "--size", "64x64")[0] == 0
+    before, after = (np.asarray(Image.open(path).convert("RGB")) for path in (picture, out))
+    assert (before[:, 32:] == after[:, 32:]).all() and (before[:, :32] != after[:, :32]).any()
+
+
+def test_records_in_batches(weft: Run, tiny: Path, picture: Path, tmp_path: Path) -> None:
+    from weft.media import read_metadata
+    from weft.record import make_record, write_records
+
+    file = tmp_path / "in.jsonl"
+    write_records(file, [make_record(f"a {word} star", id=word, size=(64, 64)) for word in ("red", "blue", "green")])
+    out = tmp_path / "out"
+    options = ["--model", tiny, "--steps", 2, "--records", file]
+    status, text, err = weft("generate", *options, "-o", out, "--batch", 2)
+    assert status == 0, err
+    assert sorted(p.name for p in out.iterdir()) == ["blue.png", "green.png", "red.png"]
+    assert weft("generate", *options, "-o", tmp_path / "alone", "--batch", 1)[0] == 0
+    a, b = (read_metadata(folder / "blue.png") for folder in (out, tmp_path / "alone"))
+    assert a == b
+    is_one_line(weft("edit", *options, "-o", out), "no record")
+    is_one_line(weft("generate", *options, "-o", tmp_path / "x.png"), "folder")
+
+
+def test_a_full_disk_leaves_the_old_picture(
+    weft: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.png"
+    words = ["generate", "a star", "-o", out, "--model", tiny, "--steps", 1, "--size", "64x64"]
+    assert weft(*words)[0] == 0
+    old = out.read_bytes()
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, _, err = weft(*words, "--seed", 1)
+    assert status == 2 and err.splitlines()[-1].startswith("weft: ") and "Traceback" not in err
+    assert out.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["out.png"]
+
+
+# ---------------------------------------------------------------- data and doctor
+
+
+def test_data_commands(weft: Run, picture: Path, tmp_path: Path) -> None:
+    from weft.record import make_record, write_records
+
+    file = tmp_path / "set" / "records.jsonl"
+    write_records(file, [make_record("make it red", picture, target=picture, id="one")])
+    status, out, err = weft("data", "check", file)
+    assert status == 0, out + err
+    assert weft("data", "show", file)[0] == 0
+    page = file.with_suffix(".html").read_text()
+    assert "make it red" in page and "data:image/png;base64" in page
+    again = tmp_path / "again" / "all.jsonl"
+    status, out, err = weft("data", "convert", file, "-o", again)
+    assert status == 0 and "1 records" in err
+    assert weft("data", "check", again)[0] == 0
+    is_one_line(weft("data", "show", file, "--start", 5), "no record from number 5")
+
+    for medium in again.parent.rglob("*.png"):
+        medium.unlink()
+    assert weft("data", "check", again)[0] == 1
+    file.write_text("not json\n")
+    is_one_line(weft("data", "show", file), "records.jsonl:1")
+
+
+def test_the_doctor_finds_this_machine_well(weft: Run) -> None:
+    status, out, err = weft("doctor")
+    assert status == 0, out + err
+    for word in ("python", "torch", "threads", "speed", "bf16", "extra track", "disk"):
+        assert word in out
