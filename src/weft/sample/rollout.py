@@ -1,0 +1,259 @@
+"""From conditions to latents: one loop for editing, generation and the rollouts of reinforcement learning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from weft import rng
+from weft.errors import WeftError
+from weft.sample import kernels
+from weft.sample.solvers import KEEPS_PAST, SOLVERS, Past
+from weft.types import Batch, Condition, FlowModel, Rollout
+
+Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], "dict[str, Tensor] | None"]
+"""diffusers' `callback_on_step_end(pipe, step, timestep, callback_kwargs)`; what it returns replaces the tensors."""
+
+KEEP = ("trajectory", "log_probs")
+
+
+@torch.no_grad()
+def sample_flow(
+    model: FlowModel,
+    conditions: Sequence[Condition],
+    *,
+    seeds: Sequence[int],
+    steps: int | None = None,
+    sigmas: Sequence[float] | Tensor | None = None,
+    guidance: float = 1.0,
+    negative: Sequence[Condition] | None = None,
+    solver: str = "euler",
+    kind: str = "ode",
+    eta: float = 0.0,
+    window: tuple[int, int] | None = None,
+    keep: Sequence[str] = (),
+    init_latents: Sequence[Tensor] | Tensor | None = None,
+    group_ids: Sequence[str] | None = None,
+    callback_on_step_end: Callback | None = None,
+    callback_tensor_inputs: Sequence[str] = ("latents",),
+    progress: bool = False,
+    noise_purpose: str = "latent",
+) -> Rollout:
+    """Sample one output for each condition, in one batch of any sizes and reference counts.
+
+    The grid is `sigmas` [T + 1] (descending) or the model's own for `steps`. Noise of sample i is a function of
+    seeds[i] alone: x_T from (seed, `noise_purpose`), step k's from (seed, "step", k); so it does not depend on the
+    batch. `init_latents` (one [C, h, w] each, or padded [B, C, H, W]) take x_T's place.
+
+    With `guidance` > 1, each step is one velocity call on [negative, positive] and
+    v = v_neg + guidance (v_pos - v_neg) in fp32 (arXiv 2207.12598); references belong to both halves, so guidance
+    acts on the text only.
+
+    Steps inside `window` = (start, stop) take the SDE `kind` with noise level `eta` (see `kernels`), the others the
+    ODE `solver`; an SDE kind without a window is used everywhere (Flow-GRPO-Fast, MixGRPO: arXiv 2507.21802).
+    `keep` names what the rollout stores besides the final latents: "trajectory" [B, T + 1, C, H, W] in fp32, and
+    "log_probs" [B, T], NaN at the ODE steps, which have none.
+
+    `callback_on_step_end` has diffusers' signature, with the model as pipe and timestep 1000 sigma. It gets the
+    tensors named in `callback_tensor_inputs` ("latents", or a tensor of the model's batch, which has 2B rows under
+    guidance) and may return changed ones. Raises WeftError for whatever does not fit together.
+    """
+    grid = _grid(model, conditions, steps, sigmas)
+    total = len(grid) - 1
+    _check(conditions, seeds, guidance, negative, solver, kind, eta, keep, group_ids)
+    start, stop = _window(window, kind, total)
+    guided = guidance > 1
+    batch = model.prepare([*(negative or ()), *conditions])
+    device = next(value.device for value in batch.values() if isinstance(value, Tensor))
+    if init_latents is None:
+        init_latents = initial_latents(model, conditions, seeds, noise_purpose)
+    x, valid = _start(model, conditions, init_latents)
+    x, valid = x.to(device), valid if valid is None else valid.to(device)
+
+    trajectory, log_probs = [x], []
+    past: Past | None = None
+    for k in tqdm(range(total), desc="sampling", unit="step", disable=not progress):
+        s, s_next = grid[k], grid[k + 1]
+        v = _velocity(model, x, s, batch, guidance if guided else None)
+        noisy = start <= k < stop
+        if noisy:
+            shapes = [_shape(model, c) for c in conditions]
+            noise, _ = pad_latents([rng.normal(z, seed, "step", k) for z, seed in zip(shapes, seeds, strict=True)])
+            result = kernels.step(x, v, s, s_next, noise.to(device), kind=kind, eta=eta, valid=valid)
+            x_next, log_prob = result.x_next, result.log_prob
+        else:
+            x_next, log_prob = SOLVERS[solver](x, v, s, s_next, past), None
+        past = None if noisy and solver not in KEEPS_PAST else Past(s, x - s * v)
+        if callback_on_step_end is not None:
+            time = torch.tensor(1000 * s, dtype=torch.float32, device=device)
+            given = _inputs(callback_tensor_inputs, x_next, batch)
+            changed = _changes(given, callback_on_step_end(model, k, time, dict(given)))
+            if "latents" in changed:
+                if "log_probs" in keep:
+                    raise WeftError("a callback that changes the latents falsifies their log_probs; drop one of the two")
+                x_next = changed.pop("latents")
+                x_next = x_next if valid is None else x_next * valid
+            batch.update(changed)
+        x = x_next
+        if "trajectory" in keep:
+            trajectory.append(x)
+        if "log_probs" in keep:
+            log_probs.append(x.new_full((len(conditions),), torch.nan) if log_prob is None else log_prob)
+
+    ids = [c.record_id for c in conditions]
+    return Rollout(
+        record_ids=ids,
+        group_ids=list(ids if group_ids is None else group_ids),
+        sizes=[c.size for c in conditions],
+        latents=x,
+        sigmas=torch.tensor(grid, dtype=torch.float32),
+        trajectory=torch.stack(trajectory, 1) if "trajectory" in keep else None,
+        log_probs=torch.stack(log_probs, 1) if "log_probs" in keep else None,
+    )
+
+
+def initial_latents(
+    model: FlowModel, conditions: Sequence[Condition], seeds: Sequence[int], purpose: str = "latent"
+) -> list[Tensor]:
+    """x_T of each sample [C, h, w], fp32 on the CPU: standard normal, a function of its seed and size only."""
+    return [rng.normal(_shape(model, c), seed, purpose) for c, seed in zip(conditions, seeds, strict=True)]
+
+
+def pad_latents(latents: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Latents [C, h, w] of any sizes as [B, C, H, W], zero-padded at bottom and right, and their real cells.
+
+    The mask is bool [B, 1, H, W], or None where all sizes agree.
+    """
+    if all(x.shape == latents[0].shape for x in latents):
+        return torch.stack(list(latents)), None
+    height, width = max(x.shape[-2] for x in latents), max(x.shape[-1] for x in latents)
+    out = latents[0].new_zeros(len(latents), latents[0].shape[0], height, width)
+    valid = torch.zeros(len(latents), 1, height, width, dtype=torch.bool, device=out.device)
+    for i, x in enumerate(latents):
+        out[i, :, : x.shape[-2], : x.shape[-1]] = x
+        valid[i, :, : x.shape[-2], : x.shape[-1]] = True
+    return out, valid
+
+
+def _velocity(model: FlowModel, x: Tensor, sigma: float, batch: Batch, guidance: float | None) -> Tensor:
+    """Velocity in fp32, guided or not: exactly one call of the model."""
+    if guidance is None:
+        return model.velocity(x, x.new_full((len(x),), sigma), batch).float()
+    both = model.velocity(torch.cat([x, x]), x.new_full((2 * len(x),), sigma), batch).float()
+    v_neg, v_pos = both.chunk(2)
+    return v_neg + guidance * (v_pos - v_neg)
+
+
+def _shape(model: FlowModel, condition: Condition) -> tuple[int, int, int]:
+    height, width = condition.size
+    if height <= 0 or width <= 0 or height % model.multiple or width % model.multiple:
+        raise WeftError(f"size {height}x{width} (height x width): both must be positive multiples of {model.multiple}")
+    return model.channels, height // model.downsample, width // model.downsample
+
+
+def _start(
+    model: FlowModel, conditions: Sequence[Condition], given: Sequence[Tensor] | Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """x_T [B, C, H, W] in fp32 and its mask, each sample cropped to its own cells and checked."""
+    shapes = [_shape(model, c) for c in conditions]
+    if len(given) != len(shapes):
+        raise WeftError(f"{len(given)} initial latents for {len(shapes)} conditions; give one for each")
+    own = [z[:, :h, :w].float() for z, (_, h, w) in zip(given, shapes, strict=True)]
+    for z, raw, shape in zip(own, given, shapes, strict=True):
+        exact = isinstance(given, Tensor) or raw.shape == shape
+        if z.shape != shape or not exact:
+            raise WeftError(f"an initial latent has shape {list(raw.shape)}, its condition's size needs {list(shape)}")
+    return pad_latents(own)
+
+
+def _grid(
+    model: FlowModel, conditions: Sequence[Condition], steps: int | None, sigmas: Sequence[float] | Tensor | None
+) -> list[float]:
+    """The sigmas [T + 1] as numbers: the fp32 values, so that coefficients are computed from what the model sees."""
+    if not conditions:
+        raise WeftError("nothing to sample: the list of conditions is empty")
+    if sigmas is None:
+        if steps is None or steps < 1:
+            raise WeftError(f"steps is {steps}; it must be at least 1 (or pass sigmas)")
+        grids = [model.sigmas(steps, size) for size in dict.fromkeys(c.size for c in conditions)]
+        if any(not torch.equal(grid, grids[0]) for grid in grids):
+            raise WeftError("the sizes of this batch have different grids; batch one size at a time or pass sigmas")
+        sigmas = grids[0]
+    grid = torch.as_tensor(sigmas, dtype=torch.float32).tolist()
+    if len(grid) < 2 or (steps is not None and len(grid) != steps + 1):
+        raise WeftError(f"{len(grid)} sigmas for {steps} steps; a grid has one value more, the last usually 0")
+    if not (1 >= grid[0] and grid[-1] >= 0 and all(a > b for a, b in zip(grid, grid[1:], strict=False))):
+        raise WeftError(f"sigmas must fall strictly within [0, 1]; got {[round(s, 4) for s in grid]}")
+    return grid
+
+
+def _window(window: tuple[int, int] | None, kind: str, total: int) -> tuple[int, int]:
+    """First step with noise and the first one after it."""
+    if kind == "ode":
+        if window is not None:
+            raise WeftError(f"window {tuple(window)} means nothing for kind ode; choose an SDE kind or drop it")
+        return 0, 0
+    start, stop = (0, total) if window is None else window
+    if not 0 <= start < stop <= total:
+        raise WeftError(f"window ({start}, {stop}) does not fit {total} steps; it needs 0 <= start < stop <= {total}")
+    return start, stop
+
+
+def _check(
+    conditions: Sequence[Condition],
+    seeds: Sequence[int],
+    guidance: float,
+    negative: Sequence[Condition] | None,
+    solver: str,
+    kind: str,
+    eta: float,
+    keep: Sequence[str],
+    group_ids: Sequence[str] | None,
+) -> None:
+    """Everything that can be refused before the first network call."""
+    count = len(conditions)
+    if len(seeds) != count:
+        raise WeftError(f"{len(seeds)} seeds for {count} conditions; give one for each")
+    if group_ids is not None and len(group_ids) != count:
+        raise WeftError(f"{len(group_ids)} group ids for {count} conditions; give one for each")
+    if guidance < 1:
+        raise WeftError(f"guidance is {guidance}; it must be at least 1 (1 = off)")
+    if guidance > 1 and (negative is None or [c.size for c in negative] != [c.size for c in conditions]):
+        raise WeftError(f"guidance {guidance} needs one negative condition for each condition, of the same size")
+    if guidance == 1 and negative is not None:
+        raise WeftError("negative conditions are unused at guidance 1; raise guidance or drop them")
+    if solver not in SOLVERS:
+        raise WeftError(f"solver {solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
+    unknown = [name for name in keep if name not in KEEP]
+    if unknown:
+        raise WeftError(f"keep has the unknown name {unknown[0]!r}; known: {', '.join(KEEP)}")
+    kernels.coefficients(1.0, 0.5, kind=kind, eta=eta)  # refuses an unknown kind or a noise level that does not fit
+    if "log_probs" in keep and kind == "ode":
+        raise WeftError("log_probs need noise: choose an SDE kind (flow_sde, dance_sde, cps) with eta > 0")
+
+
+def _inputs(names: Sequence[str], latents: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """The tensors that the callback asked for."""
+    have = {name: value for name, value in batch.items() if isinstance(value, Tensor)} | {"latents": latents}
+    for name in names:
+        if name not in have:
+            raise WeftError(f"callback_tensor_inputs has the unknown name {name!r}; known: {', '.join(have)}")
+    return {name: have[name] for name in names}
+
+
+def _changes(given: dict[str, Tensor], returned: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """What a callback has replaced among the tensors that it was given, checked, in their dtype and place."""
+    changed = {}
+    for name, value in (returned or {}).items():
+        if name not in given:
+            raise WeftError(f"the callback returned {name!r}, which callback_tensor_inputs does not list")
+        old = given[name]
+        if value.shape != old.shape:
+            raise WeftError(f"the callback changed the shape of {name!r}: {list(old.shape)} to {list(value.shape)}")
+        if value is not old:
+            changed[name] = value.to(old)
+    return changed
