@@ -67,6 +67,8 @@ def test_clusters_widen_the_interval() -> None:
     naive, honest = stats.bootstrap(values), stats.bootstrap(values, clusters=clusters.tolist())
     assert honest.high - honest.low > 2 * (naive.high - naive.low)
     assert honest.value == naive.value
+    general = stats.bootstrap(values, clusters=clusters.tolist(), statistic=lambda row: float(row.mean()))
+    assert (general.low, general.high) == pytest.approx((honest.low, honest.high))
 
 
 def test_groups_and_macro_mean() -> None:

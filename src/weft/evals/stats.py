@@ -220,11 +220,10 @@ def _cluster_bootstrap(
     generator: np.random.Generator,
 ) -> Interval:
     parts = list(_split(data, clusters).values())
-    measure = statistic or (lambda sampled: float(sampled.mean()))
-    draws = np.array(
-        [
-            measure(np.concatenate([parts[k] for k in generator.integers(0, len(parts), len(parts))]))
-            for _ in range(resamples)
-        ]
-    )
-    return Interval(float(measure(data)), *_percentiles(draws, level), len(data), level)
+    picks = (generator.integers(0, len(parts), len(parts)) for _ in range(resamples))
+    if statistic is None:
+        sums, counts = np.array([part.sum() for part in parts]), np.array([len(part) for part in parts])
+        draws = np.array([sums[pick].sum() / counts[pick].sum() for pick in picks])
+        return Interval(float(data.mean()), *_percentiles(draws, level), len(data), level)
+    draws = np.array([statistic(np.concatenate([parts[k] for k in pick])) for pick in picks])
+    return Interval(float(statistic(data)), *_percentiles(draws, level), len(data), level)

@@ -7,13 +7,14 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from weft.media import atomic_write
 from weft.report.table import Table, format_cell
 
 if TYPE_CHECKING:
@@ -77,10 +78,10 @@ class Section:
         return self._add("picture", image=image, caption=caption)
 
     def comparisons(
-        self, comparisons: Sequence[Comparison], *, title: str | None = None, note: str = "", folded: bool | None = None
+        self, comparisons: Sequence[Comparison], *, title: str | None = None, note: str = "", folded: bool = False
     ) -> Section:
         """Cards of pictures side by side. With a `title` they can be folded; `folded` says whether they start so."""
-        return self._add("comparisons", items=list(comparisons), title=title, note=note, folded=bool(folded))
+        return self._add("comparisons", items=list(comparisons), title=title, note=note, folded=folded)
 
     def _add(self, kind: str, **content: Any) -> Section:
         self.blocks.append({"kind": kind, **content})
@@ -132,15 +133,10 @@ class Page:
         return environment.get_template("page.html.j2").render(page=self, style=style)
 
     def write(self, path: str | Path) -> Path:
-        """Write the page by way of a temporary file; returns its path."""
+        """Write the page, all or nothing; returns its path."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(self.html(), "utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_write(path) as file:
+            file.write(self.html().encode())
         return path
 
 
@@ -158,7 +154,7 @@ def environment_facts(packages: Sequence[str] = ("weft", "torch", "diffusers", "
     return {
         "versions": ", ".join([*found, f"Python {platform.python_version()}"]),
         "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
-        "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 

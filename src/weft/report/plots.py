@@ -6,7 +6,6 @@ Figures are `matplotlib.figure.Figure` objects made without pyplot, so nothing l
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.errors import WeftError
+from weft.media import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,7 +105,7 @@ def bars(
         known = [(row, points[name] * scale) for row, name in enumerate(names) if name in points]
         axes.plot([x for _, x in known], [row for row, _ in known], linestyle="none", marker=MARKS[index % len(MARKS)],
                   markersize=5, color=COLOURS[1 + index % (len(COLOURS) - 1)], label=baseline, zorder=4,
-                  clip_on=False)  # fmt: skip
+                  markeredgecolor="white", markeredgewidth=0.7, clip_on=False)  # fmt: skip
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
@@ -113,7 +113,7 @@ def bars(
     axes.grid(axis="x", color=GRID, alpha=0.3, linewidth=0.6)
     if percent:
         axes.set_xlim(0, 100)
-    axes.set_xlabel(label)
+    axes.set_xlabel(f"{label} (%)" if percent else label)
     if marks:
         axes.legend(frameon=False, labelcolor=INK, ncols=len(marks), loc="lower left", bbox_to_anchor=(-0.01, 1.0),
                     borderaxespad=0.2, handletextpad=0.2, columnspacing=1.4)  # fmt: skip
@@ -145,6 +145,7 @@ def svg(figure: Figure, salt: str = "weft", inline: bool = False) -> str:
     if not inline:
         return text
     text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # matplotlib names groups figure_1, axes_1 ...; an id may occur once on a page.
     return re.sub(r'<g id="[^"]*"', "<g", text)
 
@@ -155,13 +156,8 @@ def save(figure: Figure, path: str | Path) -> Path:
     if path.suffix not in (".png", ".svg"):
         raise WeftError(f"{path.name}: a figure is saved as .png or .svg, not {path.suffix or 'without a suffix'}")
     data = png(figure) if path.suffix == ".png" else svg(figure).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        file.write(data)
     return path
 
 
@@ -179,7 +175,7 @@ def _figure(size: tuple[float, float]) -> tuple[Figure, Any]:
     axes.tick_params(colors=GRID, labelcolor=INK, labelsize=8.5)
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set_color(INK)
-        axis.label.set_size(9)
+        axis.label.set_fontsize(9)
     axes.set_axisbelow(True)
     return figure, axes
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from weft.errors import WeftError
+from weft.media import save_image
 
 PAPER, INK, QUIET, RULE = (255, 255, 255), (28, 30, 33), (110, 115, 122), (214, 217, 221)
 GAP = 12  # pixels between pictures and around the sheet
@@ -46,15 +46,15 @@ def contact_sheet(
     # An empty frame takes the size of the other pictures, so that columns of gaps keep the grid.
     common = max((image.width for row in cells for image in row if image), default=64) * scale
     widths = [
-        max(max((row[k].width * scale for row in cells if row[k]), default=common), _width(columns[k], label_font))
-        for k in range(len(columns))
+        max(max((image.width * scale for image in column if image), default=common), _width(name, label_font))
+        for column, name in zip(zip(*cells, strict=True), columns, strict=True)
     ]
     total = sum(widths) + GAP * (len(widths) + 1)
     heights = [max((image.height * scale for image in row if image), default=common) for row in cells]
     wrapped = [_wrap(text, caption_font, total - 2 * GAP) for text in captions] if captions else [[] for _ in cells]
     line = _line_height(caption_font)
     label_height = _line_height(label_font) + 6
-    bottom = sum(height + line * len(text) + (6 if text else 0) + GAP for height, text in zip(heights, wrapped))
+    bottom = sum(heights) + sum(line * len(text) + (6 if text else 0) + GAP for text in wrapped)
     sheet = Image.new("RGB", (total, GAP + label_height + bottom), PAPER)
     draw = ImageDraw.Draw(sheet)
 
@@ -74,7 +74,7 @@ def contact_sheet(
             top += line
         top += GAP
     if path is not None:
-        _save(sheet, Path(path))
+        save_image(sheet, path)
     return sheet
 
 
@@ -120,13 +120,3 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
             current = word
         lines.append(current)
     return lines
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
-        image.save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

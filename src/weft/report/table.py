@@ -36,8 +36,8 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def percent_interval(value: float, low: float, high: float, digits: int = 1) -> str:
-    """'81.2 % [78.0, 84.1]': the value and its interval, in percent."""
-    return f"{100 * value:.{digits}f} % [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
+    """'81.2 [78.0, 84.1]': the value and its interval, in percent, for a column whose head has the sign."""
+    return f"{100 * value:.{digits}f} [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
 
 
 def decibel(value: float | None) -> str:
@@ -132,10 +132,21 @@ class Table:
 
         table = RichTable(title=self.title, caption=self.note, box=box.SIMPLE_HEAD, title_justify="left")
         for name, flush in zip(self.columns, self.numeric, strict=True):
-            table.add_column(Text(name), justify="right" if flush else "left")
+            table.add_column(Text(name), justify="right" if flush else "left", no_wrap=True)
         for index, row in enumerate(self.cells):
             table.add_row(*map(Text, row), style="bold" if index in self.strong else None)
         return table
+
+    def show(self) -> None:
+        """Print to the terminal. A table wider than the terminal keeps its cells whole."""
+        from rich.console import Console
+
+        table = self.rich()
+        table.caption = None  # set below, as running text
+        console, needed = Console(), Console(width=10_000).measure(table).maximum
+        (console if needed <= console.width else Console(width=needed)).print(table)
+        if self.note:
+            console.print(self.note, markup=False, highlight=False, style="dim")
 
 
 def _numeric(cell: str) -> bool:
