@@ -7,9 +7,8 @@ import io
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,21 +32,26 @@ _KEY = "weft"  # the PNG text chunk
 _EXIF_IFD, _USER_COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
 
 
-@dataclass(slots=True)
-class EncodedPicture:
-    """A picture file in memory (a parquet cell, a tar member): a lazy value for `weft.record.Part`."""
+class LazyPicture:
+    """An encoded picture that is read when it is needed (a parquet cell, a tar member): a value for `weft.record.Part`.
 
-    data: bytes
-    name: str
+    `read` gives the bytes of the picture file, `name` stands in the errors.
+    """
+
+    def __init__(self, name: str, read: Callable[[], bytes]) -> None:
+        self.name, self.read = name, read
+        self._digest: str | None = None
 
     def load(self) -> Image.Image:
         """The decoded picture; see `decode_image`."""
-        return decode_image(self.data, self.name)
+        return decode_image(self.read(), self.name)
 
     @property
     def digest(self) -> str:
         """SHA-256 of the encoded bytes, hexadecimal."""
-        return hashlib.sha256(self.data).hexdigest()
+        if self._digest is None:
+            self._digest = hashlib.sha256(self.read()).hexdigest()
+        return self._digest
 
 
 def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -95,6 +99,15 @@ def _decode(handle: BinaryIO, name: str, max_pixels: int) -> Image.Image:
         raise WeftError(_too_large(name, "more than that", max_pixels)) from error
     except Exception as error:  # decoders meet hostile bytes with every kind of exception
         raise WeftError(f"{name} is damaged or truncated ({error}): replace the file") from error
+
+
+def picture_suffix(data: bytes, name: str) -> str:
+    """The usual suffix (".png", ".jpg") of an encoded picture. Raises `WeftError` if it is none."""
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return {"JPEG": ".jpg", "TIFF": ".tif"}.get(str(image.format), f".{str(image.format).lower()}")
+    except Exception as error:  # as in `_decode`
+        raise WeftError(f"{name} {_not_a_picture(data[:512])}") from error
 
 
 def _too_large(name: str, size: str, max_pixels: int) -> str:

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from weft.errors import WeftError
 from weft.parts import (
+    IMAGE_SUFFIXES,
+    MOTION_SUFFIXES,
     PART_ROLES,
     TURN_ROLES,
     TYPES,
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = [
+    "IMAGE_SUFFIXES",
+    "MOTION_SUFFIXES",
     "SCHEMA",
     "Part",
     "Record",
@@ -394,8 +398,15 @@ def record_to_dict(record: Record, place: Callable[[Part, Path | None], str] | N
 
 def _place(part: Part, root: Path | None, folder: Path, media: str) -> str:
     """Bring a medium under `folder`; returns its path relative to it."""
-    from weft.media import atomic_write, save_image
+    from weft.media import LazyPicture, atomic_write, picture_suffix, save_image
 
+    if isinstance(part.value, LazyPicture):  # already encoded: its bytes are copied
+        data = part.value.read()
+        name = f"media/{part.digest()[:24]}{picture_suffix(data, part.value.name)}"
+        if not (folder / name).exists():
+            with atomic_write(folder / name) as target:
+                target.write(data)
+        return name
     if part.value is not None:
         if part.type != "image":
             raise WeftError(f"a {part.type} in memory cannot be written with a record: save it to a file first")

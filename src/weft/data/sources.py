@@ -1,0 +1,269 @@
+"""Sources of records: weft's own JSONL, foreign rows, folders, parquet, webdataset shards, or a Python function."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+from weft.data.columns import convert, fields_of
+from weft.data.folder import folder_records
+from weft.data.shards import Row, Rows, parquet_rows, shard_rows
+from weft.errors import WeftError
+from weft.record import Record, read_records, relative_path
+
+MAX_FAULTS = 0.02  # of all rows: above it, something is wrong with the whole, not with a row
+_OPTIONS = {
+    "jsonl": ("max_faults", "root", "downloads"),
+    "folder": ("max_faults", "target", "source", "references", "mask", "captions"),
+    "parquet": ("max_faults",),
+    "webdataset": ("max_faults",),
+}
+
+
+@dataclass(slots=True)
+class SourceConfig:
+    """Where records come from.
+
+    `kind`: `jsonl` (weft's records, or any rows: `.jsonl`, `.json`), `folder` (pictures by stem), `parquet` and
+    `webdataset` (a file, a folder of them, or a glob pattern), `python` (`path` is `file.py:function` or
+    `package.module:function`, called with `options` as keywords, returning a sequence of records).
+
+    `map` names the column of each field (`weft.data.columns`), `limit` takes the first so many rows, `task` overrides
+    the task. Options: `max_faults` (share of bad rows that is skipped, default 0.02); jsonl: `root` (the folder of
+    the media, relative to the file), `downloads` (the folder below it where the files of URLs lie, by their last
+    name); folder: `target`, `source`, `references`, `mask`, `captions` (folders).
+    """
+
+    kind: str
+    path: str
+    map: dict[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    task: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Source(Sequence[Record]):
+    """Records in memory (their pictures on disk); `rows` counts what was read, `faults` says what was skipped."""
+
+    def __init__(self, records: list[Record], faults: list[str]) -> None:
+        self.records, self.faults = records, faults
+        self.rows = len(records) + len(faults)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        return self.records[index]
+
+
+def load_source(config: SourceConfig) -> Sequence[Record]:
+    """The records of a source; bad rows are skipped and listed in `Source.faults`.
+
+    Raises `WeftError` if more than the option `max_faults` of the rows are bad (with the first three of them), if
+    nothing is left, or for an unknown kind, option, field or column.
+    """
+    if config.kind == "python":
+        return _call(config)
+    if config.kind not in _OPTIONS:
+        raise WeftError(f"source kind '{config.kind}' is unknown: use one of {', '.join([*_OPTIONS, 'python'])}")
+    for name in config.options:
+        if name not in _OPTIONS[config.kind]:
+            near = difflib.get_close_matches(name, _OPTIONS[config.kind], n=1)
+            fix = f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(_OPTIONS[config.kind])}"
+            raise WeftError(f"source option '{name}' of {config.path} is unknown: {fix}")
+    if config.limit is not None and config.limit < 1:
+        raise WeftError(f"limit: {config.limit} rows of {config.path} leave nothing: give 1 or more")
+    source = read_source(config)
+    refuse_faults(source.faults, source.rows, _rate(config.options.get("max_faults", MAX_FAULTS)), config.path)
+    if not source.records:
+        raise WeftError(f"{config.path} holds no record: check the path and the kind '{config.kind}'")
+    return source
+
+
+def read_source(config: SourceConfig) -> Source:
+    """As `load_source`, for a kind of files and without any limit of faults."""
+    faults: list[str] = []
+    path = Path(config.path)
+    if config.kind == "jsonl" and not config.map and _is_weft(path):
+        if extra := set(config.options) - {"max_faults"}:
+            raise WeftError(f"source option '{extra.pop()}': {path} holds weft's own records, which need none")
+        records = list(itertools.islice(read_records(path, faults), config.limit))
+        for record in records:
+            record.task = config.task or record.task
+        return Source(records, faults)
+    if config.kind == "folder":
+        if config.map:
+            raise WeftError(f"map: {path} is a folder of pictures, which has no columns: remove the map")
+        found = folder_records(path, config.options, config.task, faults)
+        return Source(list(itertools.islice(found, config.limit)), faults)
+    if config.kind == "jsonl":
+        root = path.parent / relative_path(str(config.options.get("root", ".")), "root")
+        rows, media = _json_rows(path, config.options.get("downloads")), root
+        return Source(list(_converted(rows, config, media, faults)), faults)
+    reader = {"parquet": parquet_rows, "webdataset": shard_rows}[config.kind]
+    suffixes = (".parquet",) if config.kind == "parquet" else (".tar",)
+    rows = itertools.chain.from_iterable(reader(file) for file in _files(path, suffixes))
+    return Source(list(_converted(rows, config, None, faults)), faults)
+
+
+def refuse_faults(faults: Sequence[str], rows: int, limit: float, name: str) -> None:
+    """Raise `WeftError` if more than `limit` of the rows have a fault."""
+    if len(faults) > limit * rows:
+        first = "; ".join(faults[:3])
+        raise WeftError(
+            f"{name}: {len(faults)} of {rows} rows are bad ({len(faults) / rows:.1%}, the limit max_faults is "
+            f"{limit:.1%}): mend them or raise the limit. The first: {first}"
+        )
+
+
+def _rate(value: Any) -> float:
+    try:
+        rate = float(value)
+    except (TypeError, ValueError):
+        rate = -1.0
+    if not 0 <= rate <= 1:
+        raise WeftError(f"max_faults: {value!r} is not a share: give a number from 0 to 1")
+    return rate
+
+
+def _converted(rows: Rows, config: SourceConfig, root: Path | None, faults: list[str]) -> Iterator[Record]:
+    fields: dict[str, str] | None = None
+    seen: dict[str, str] = {}
+    for count, (where, row) in enumerate(itertools.islice(rows, config.limit)):
+        try:
+            if isinstance(row, WeftError):
+                raise row
+            if fields is None:
+                fields = fields_of(row, config.map, config.path)
+        except WeftError as error:
+            if fields is None and not isinstance(row, WeftError):
+                raise
+            faults.append(f"{where}: {error}")
+            continue
+        try:
+            record = convert(row, fields, f"{Path(config.path).stem}-{count:07d}", root, config.task)
+            if record.id in seen:
+                raise WeftError(f"id: '{record.id}' stands at {seen[record.id]} too: map another column, or id=")
+        except WeftError as error:
+            faults.append(f"{where}: {error}")
+            continue
+        seen[record.id] = where
+        yield record
+
+
+def _files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.name.lower().endswith(suffixes))
+    elif path.is_file():
+        files = [path]
+    else:
+        files = sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
+    if not files:
+        raise WeftError(f"{path}: no such file, and no {' or '.join(suffixes)} file below it: check the path")
+    return files
+
+
+# -- JSON rows --
+
+
+def _is_weft(path: Path) -> bool:
+    """Whether the first row is one of weft's own records, of any schema."""
+    if path.suffix == ".json":
+        return False
+    row = next((row for _, row in _json_rows(path, None)), {})
+    flat = {"id", "task", "instruction", "source", "references", "target"}
+    return isinstance(row, dict) and ("turns" in row or "schema" in row or {"id", "instruction"} <= set(row) <= flat)
+
+
+def _json_rows(path: Path, downloads: str | None) -> Rows:
+    if not path.is_file():
+        raise WeftError(f"{path}: no such file: check the path")
+    if path.suffix == ".json":
+        try:
+            items = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise WeftError(f"{path}: not JSON ({error}): write it again") from error
+        if not isinstance(items, list):
+            raise WeftError(f"{path}: not a JSON list: write one, or JSONL with one object a line")
+        yield from ((f"{path}[{k}]", _row(item, downloads)) for k, item in enumerate(items))
+        return
+    with path.open("rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield f"{path}:{number}", WeftError(f"row: not JSON ({error}): write one object a line")
+                continue
+            yield f"{path}:{number}", _row(item, downloads)
+
+
+def _row(item: Any, downloads: str | None) -> Row | WeftError:
+    if not isinstance(item, dict):
+        return WeftError(f"row: {type(item).__name__} is not an object: write {{...}}")
+    if downloads is None:
+        return item
+    return {key: f"{downloads}/{value.split('?')[0].rpartition('/')[2]}" if _is_url(value) else value
+            for key, value in item.items()}  # fmt: skip
+
+
+def _is_url(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(("http://", "https://"))
+
+
+# -- Python --
+
+
+def _call(config: SourceConfig) -> Sequence[Record]:
+    if config.map:
+        raise WeftError(f"map: {config.path} returns records, which need none: remove the map")
+    function = resolve(config.path)
+    found = function(**config.options)
+    records = found if isinstance(found, Sequence) else list(found) if isinstance(found, Iterable) else None
+    if records is None or not len(records) or not isinstance(records[0], Record):
+        raise WeftError(f"{config.path} returned no records: return a sequence of weft.Record")
+    if config.limit is not None:
+        records = records[: config.limit] if isinstance(records, list) else [records[k] for k in range(config.limit)]
+    if config.task is not None:
+        raise WeftError(f"task: {config.path} returns records with their task: remove the task")
+    return records
+
+
+def resolve(path: str) -> Callable[..., Any]:
+    """The function of `file.py:name` or `package.module:name`. Raises `WeftError` if there is none."""
+    place, colon, name = path.rpartition(":")
+    if not colon:
+        raise WeftError(f"'{path}' names no function: write file.py:name or package.module:name")
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise WeftError(f"{place}: no such file: check the path")
+        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(spec.name, module)
+        spec.loader.exec_module(module)
+    else:
+        if importlib.util.find_spec(place) is None:
+            raise WeftError(f"'{path}': no module '{place}': check the name")
+        module = importlib.import_module(place)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise WeftError(f"'{path}': {place} has no function '{name}': check the name")
+    return function
