@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def lora_state(module: nn.Module, name: str = "default") -> dict[str, Tensor]:
     return {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(module, adapter_name=name).items()}
 
 
-def save_lora(modules: dict[str, nn.Module], folder: Path, *, rank: int, alpha: float, name: str = "default") -> Path:
+def save_lora(modules: dict[str, nn.Module], folder: Path, *, name: str = "default") -> Path:
     """Write `folder/pytorch_lora_weights.safetensors` as diffusers' `load_lora_weights` reads it."""
     import json
 
@@ -72,7 +73,7 @@ def save_lora(modules: dict[str, nn.Module], folder: Path, *, rank: int, alpha: 
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, object] = {}
     for prefix, module in modules.items():
-        config = module.peft_config[name].to_dict()  # type: ignore[union-attr,operator]
+        config = cast(Any, module).peft_config[name].to_dict()
         for key, value in lora_state(module, name).items():
             tensors[f"{prefix}.{key}"] = value
         for key in ("r", "lora_alpha", "target_modules", "lora_dropout", "bias", "use_rslora", "use_dora"):

@@ -199,7 +199,7 @@ def build(kind: Any, value: Any, where: str, file: str = "recipe") -> Any:
     Raises WeftError that names the file and the dotted key.
     """
     if dataclasses.is_dataclass(kind):
-        if isinstance(value, kind):
+        if type(value) is kind:
             return value
         if not isinstance(value, dict):
             raise WeftError(f"{file}: {where or 'the recipe'}: expected a mapping, found {value!r}")
@@ -228,10 +228,10 @@ def build(kind: Any, value: Any, where: str, file: str = "recipe") -> Any:
         if value not in args:
             raise WeftError(f"{file}: {where}: {value!r} is not one of {', '.join(map(str, args))}")
         return value
-    if origin is list:
-        if not isinstance(value, list):
+    if origin in (list, tuple):  # tuples are of one type and any length, as `tuple[str, ...]`
+        if not isinstance(value, (list, tuple)):
             raise WeftError(f"{file}: {where}: expected a list, found {value!r}")
-        return [build(args[0], v, f"{where}[{i}]", file) for i, v in enumerate(value)]
+        return origin(build(args[0], v, f"{where}[{i}]", file) for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
             raise WeftError(f"{file}: {where}: expected a mapping, found {value!r}")

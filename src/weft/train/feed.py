@@ -107,6 +107,15 @@ def fingerprint(trainable: Trainable, trained: Iterable[str], args: dict[str, An
     digest = hashlib.sha256()
     kind = type(trainable)
     digest.update(json.dumps([kind.__module__, kind.__qualname__, args], sort_keys=True, default=str).encode())
+    facts: dict[str, Any] = {"resolution": getattr(trainable, "resolution", None)}
+    for name, part in sorted(getattr(trainable, "parts", {}).items()):
+        if hasattr(part, "get_vocab"):  # a tokenizer
+            facts[name] = [part.model_max_length, sorted(part.get_vocab().items())]
+        elif hasattr(part, "config"):
+            config = part.config
+            facts[name] = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+            facts[name].pop("_name_or_path", None)  # the same weights in another folder are the same
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     trained = set(trained)
     for name, module in sorted(trainable.modules().items()):
         if name in trained:
@@ -193,10 +202,33 @@ class Feed:
         return record if size is None else dataclasses.replace(record, meta={**record.meta, "size": list(size)})
 
     def _encode(self, records: Sequence[Record], size: Size | None) -> list[Example]:
-        if size is not None and hasattr(self.trainable, "resolution"):
-            self.trainable.resolution = max(size)  # references follow the stage too, at their own aspect
-        with torch.no_grad():
-            return self.trainable.examples(records)
+        model: Any = self.trainable
+        own = getattr(model, "resolution", None)
+        if size is not None and own is not None:
+            model.resolution = max(size)  # references follow the stage too, at their own aspect
+        try:
+            with torch.no_grad():
+                return model.examples(records)
+        finally:
+            if own is not None:
+                model.resolution = own
+
+    def fixed(self, records: Sequence[Record], batch: int) -> list[Example]:
+        """Examples of held-out records at the sizes of the last stage (past the cache)."""
+        sizes = self.sizes[-1]
+        examples: list[Example] = []
+        for i in range(0, len(records), batch):
+            by_size: dict[Size | None, list[int]] = {}
+            part = records[i : i + batch]
+            for k, record in enumerate(part):
+                chosen = sizes and sizes[nearest_size(*picture_size(record), sizes) if len(sizes) > 1 else 0]
+                by_size.setdefault(chosen or None, []).append(k)
+            made: dict[int, Example] = {}
+            for size, numbers in by_size.items():
+                encoded = self._encode([self._sized(part[k], size) for k in numbers], size)
+                made |= dict(zip(numbers, encoded, strict=True))
+            examples += [made[k] for k in range(len(part))]
+        return examples
 
     def batch(self, step: int) -> Fed:
         """Examples and ids of an optimiser step (from 0)."""
@@ -246,8 +278,8 @@ class Feed:
                     by_size[sizes[0] if sizes else None] = list(range(len(source)))
                 else:
                     assert span.buckets is not None
-                    for b, size in enumerate(sizes):
-                        by_size[size] = np.flatnonzero(span.buckets[s] == b).tolist()
+                    for b, bucket_size in enumerate(sizes):
+                        by_size[bucket_size] = np.flatnonzero(span.buckets[s] == b).tolist()
                 for size, numbers in by_size.items():
                     memory = self._memory(config, size)
                     if memory is not None and self._recall(memory, s, size, numbers):

@@ -3,7 +3,6 @@ uninterrupted one, bit for bit on a CPU. The loop does not know which method it 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -181,7 +180,8 @@ class Trainer:
         """Gradients of the mean loss over the whole batch, micro-batch by micro-batch."""
         count, pieces = len(fed.examples), self.feed.micro_batches(fed.batch.stage)
         size = count // pieces
-        total, metrics = 0.0, {}
+        total = 0.0
+        metrics: dict[str, float] = {}
         for start in range(0, count, size):
             ids = fed.ids[start : start + size]
             with self.autocast():
@@ -224,10 +224,7 @@ class Trainer:
         if self.fixed is None:
             source = open_source(config.source)
             records = [source[i] for i in range(min(config.count, len(source)))]
-            with torch.no_grad():
-                size = config.batch_size
-                chunks = [self.model.examples(records[i : i + size]) for i in range(0, len(records), size)]
-            self.fixed = ([e for c in chunks for e in c], [r.id for r in records])
+            self.fixed = (self.feed.fixed(records, config.batch_size), [r.id for r in records])
         with self.averaged(), self.autocast():
             values = self.method.held_out(*self.fixed, config.sigmas, self.recipe.run.seed, config.batch_size)
         return {f"val/{k}": v for k, v in values.items()}
@@ -353,8 +350,7 @@ class Trainer:
         temporary = self.folder / f".export-{os.getpid()}"
         with self.averaged():
             if self.recipe.model.lora is not None:
-                lora = self.recipe.model.lora
-                save_lora(self.trained, temporary, rank=lora.rank, alpha=lora.alpha)
+                save_lora(self.trained, temporary)
             elif self.recipe.cache is not None and self.recipe.cache.drop_encoders:
                 whole = make_trainable(self.recipe, torch.device("cpu"))
                 for name, module in self.trained.items():
@@ -387,8 +383,3 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             if dotted not in FREE and a.get(key) != b[key]:
                 changes.append(f"{dotted}: {a.get(key)} -> {b[key]}")
     return changes
-
-
-def describe(recipe: Recipe) -> str:
-    """The recipe as YAML."""
-    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)

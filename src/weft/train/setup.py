@@ -1,4 +1,4 @@
-"""Making what a recipe names: the trainable, its trained modules, precision, adapters. Used by the loop and the plan."""
+"""Making what a recipe names: the trainable, its trained modules, precision, adapters."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ def make_trainable(recipe: Recipe, device: torch.device) -> Trainable:
     """The flow model in `model.path`, or the `trainable` class: its first argument is `model.path` if there is one,
     the others come from `trainable_args`. A class that starts from random weights is seeded by `run.seed`."""
     if recipe.trainable is None:
-        from weft.models import load
+        from weft.models.load import load
 
         dtype = DTYPES[recipe.model.dtype]
         backend = recipe.model.attention_backend
+        assert recipe.model.path is not None  # checked with the recipe
         return load(recipe.model.path, device=device, dtype=dtype, attention_backend=backend)
     kind = load_object(recipe.trainable, "trainable")
     args = dict(recipe.trainable_args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,18 +22,7 @@ class Sft:
         if self.is_flow:
             from weft.models.flow import FlowLossConfig
 
-            known = {f.name for f in dataclasses.fields(FlowLossConfig)}
-            given = {k: tuple(v) if isinstance(v, list) and k in known else v for k, v in options.items()}
-            for key, value in given.items():
-                if isinstance(value, str) and key not in ("timestep", "dropout_tasks"):
-                    given[key] = build(float, value, f"method.options.{key}", file)
-            unknown = [k for k in given if k not in known]
-            if unknown:
-                from weft.train.config import nearest
-
-                hint = nearest(unknown[0], sorted(known))
-                raise WeftError(f'{file}: unknown key "method.options.{unknown[0]}"; {hint}')
-            self.options = FlowLossConfig(**given)
+            self.options = build(FlowLossConfig, options, "method.options", file)
         elif options:
             raise WeftError(f"{file}: method.options: {type(model).__name__} takes its options in trainable_args")
 
