@@ -104,12 +104,16 @@ def _numbers(report: WorldReport) -> list[Number]:
         found.append(Number(decibel(edits.psnr.value), "PSNR outside the edit mask", note))
     for name, value in report.differences.items():
         if name.endswith("unseen phrasing"):
-            note = f"points; 95 %: {100 * value.low:+.1f} to {100 * value.high:+.1f}"
-            found.append(Number(f"{100 * value.value:+.1f}", f"unseen phrasings, {title(name.split('/')[0])}", note))
+            note = f"points; 95 %: {_points(value.low)} to {_points(value.high)}"
+            found.append(Number(_points(value.value), f"unseen phrasings, {title(name.split('/')[0])}", note))
     if not found:
         for group in list(report.groups.values())[:4]:
             found.append(Number(percent(group.success.value), title(group.name)))
     return found
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
 
 
 def _figure(report: WorldReport) -> Any:
@@ -159,7 +163,9 @@ def _card(report: WorldReport, record: Record, row: Row) -> Comparison:
     if score["psnr_outside"] is not None:
         detail.append(f"outside the mask {decibel(score['psnr_outside'])}")
     if score["seen"]:
-        detail.append("seen instead: " + ", ".join(f"{what} ({where})" for where, what in score["seen"].items()))
+        seen = [f"{what} ({where})" for where, what in score["seen"].items()]
+        more = f" and {len(seen) - 3} more" if len(seen) > 3 else ""
+        detail.append("seen instead: " + ", ".join(seen[:3]) + more)
     return Comparison(record.instruction, pictures, score["success"], checks, "; ".join(detail) or None)
 
 
@@ -175,7 +181,7 @@ def _note(report: WorldReport) -> str:
 def _method(report: WorldReport) -> str:
     settings = report.settings
     differences = "".join(
-        f" {title(name)}: {100 * value.value:+.1f} points [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
+        f" {title(name)}: {_points(value.value)} points [{_points(value.low)}, {_points(value.high)}]"
         f" against the same task with seen phrasings and attribute pairs."
         for name, value in report.differences.items()
     )

@@ -118,7 +118,7 @@ def bars(
         axes.legend(frameon=False, labelcolor=INK, ncols=len(marks), loc="lower left", bbox_to_anchor=(-0.01, 1.0),
                     borderaxespad=0.2, handletextpad=0.2, columnspacing=1.4)  # fmt: skip
         if title:
-            figure.suptitle(title, x=0.02, ha="left", color=INK, fontsize=10.5, fontweight="medium")
+            figure.suptitle(title, x=0.02, ha="left", color=INK, fontsize=10.5)
     else:
         _title(axes, title)
     return figure
@@ -182,4 +182,4 @@ def _figure(size: tuple[float, float]) -> tuple[Figure, Any]:
 
 def _title(axes: Any, title: str | None) -> None:
     if title:
-        axes.set_title(title, loc="left", color=INK, fontsize=10.5, fontweight="medium")
+        axes.set_title(title, loc="left", color=INK, fontsize=10.5)
