@@ -87,14 +87,14 @@ def sample_flow(
             x_next, log_prob = result.x_next, result.log_prob
         else:
             x_next, log_prob = SOLVERS[solver](x, v, s, s_next, past), None
-        past = None if noisy and solver not in KEEPS_PAST else Past(s, x - s * v)
+        past = None if noisy and solver not in KEEPS_PAST else Past(s, v, x - s * v)
         if callback_on_step_end is not None:
             time = torch.tensor(1000 * s, dtype=torch.float32, device=device)
             given = _inputs(callback_tensor_inputs, x_next, batch)
             changed = _changes(given, callback_on_step_end(model, k, time, dict(given)))
             if "latents" in changed:
                 if "log_probs" in keep:
-                    raise WeftError("a callback that changes the latents falsifies their log_probs; drop one of the two")
+                    raise WeftError("a callback that changes the latents falsifies log_probs; drop one of the two")
                 x_next = changed.pop("latents")
                 x_next = x_next if valid is None else x_next * valid
             batch.update(changed)
