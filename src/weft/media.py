@@ -7,8 +7,10 @@ import io
 import json
 import os
 import secrets
+import struct
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -90,6 +92,8 @@ def _decode(handle: BinaryIO, name: str, max_pixels: int) -> Image.Image:
             if image.width * image.height > max_pixels:
                 raise WeftError(_too_large(name, f"{image.width} x {image.height}", max_pixels))
             image.load()
+            if image.format == "PNG":
+                _refuse_missing_rows(image, handle)
             return to_rgb(ImageOps.exif_transpose(image))
     except WeftError as error:
         raise error if name in str(error) else WeftError(f"{name}: {error}") from error
@@ -99,6 +103,50 @@ def _decode(handle: BinaryIO, name: str, max_pixels: int) -> Image.Image:
         raise WeftError(_too_large(name, "more than that", max_pixels)) from error
     except Exception as error:  # decoders meet hostile bytes with every kind of exception
         raise WeftError(f"{name} is damaged or truncated ({error}): replace the file") from error
+
+
+def _refuse_missing_rows(image: Image.Image, handle: BinaryIO) -> None:
+    """Raise `EOFError` for a PNG whose stream ends before its last row, which Pillow fills with zeros.
+
+    The stream is inflated a second time, so only where zeros could be such rows.
+    """
+    bits, colour, interlaced = _png_header(handle)
+    last = image.crop((0, image.height - 1, image.width, image.height))
+    if not interlaced and any(last.tobytes()):
+        return
+    bits *= {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    expected = 0
+    for x, y, dx, dy in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+        width, height = -(-(image.width - x) // dx), -(-(image.height - y) // dy)
+        if width > 0 and height > 0:
+            expected += height * (1 + (width * bits + 7) // 8)
+    found = _inflated_size(handle, expected)
+    if found < expected:
+        raise EOFError(f"{found} of {expected} bytes of pixels")
+
+
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+
+
+def _png_header(handle: BinaryIO) -> tuple[int, int, bool]:
+    """Bits per channel, colour type, interlaced: of the IHDR chunk, which is the first."""
+    handle.seek(24)
+    bits, colour, _, _, interlaced = handle.read(5)
+    return bits, colour, bool(interlaced)
+
+
+def _inflated_size(handle: BinaryIO, enough: int) -> int:
+    """Bytes of pixels in the IDAT chunks, counted up to `enough` and never held."""
+    handle.seek(8)
+    stream, size = zlib.decompressobj(), 0
+    while size < enough and len(head := handle.read(8)) == 8:
+        length, name = struct.unpack(">I4s", head)
+        data = handle.read(length) if name == b"IDAT" else b""
+        while data and size < enough:
+            size += len(stream.decompress(data, 1 << 20))
+            data = stream.unconsumed_tail
+        handle.seek(4 if name == b"IDAT" else length + 4, io.SEEK_CUR)
+    return size
 
 
 def picture_suffix(data: bytes, name: str) -> str:
@@ -243,4 +291,5 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         why = error.strerror or error
         raise WeftError(f"{path} cannot be written ({why}): free space, or write elsewhere") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # nothing may hide the error above
+            temporary.unlink(missing_ok=True)
