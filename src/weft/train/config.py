@@ -46,7 +46,8 @@ class ModelRecipe:
 @dataclass(slots=True)
 class SourceRecipe:
     """Where records come from: `call` (a dotted callable, `package.module:function` or `file.py:function`, called
-    with `args`, returning a sequence of records), or `kind` and `path` as in `weft.data.sources`."""
+    with `args`, returning a sequence of records), or `kind` and `path` as in `weft.data.sources` (whose kind
+    `python` is the same as `call`)."""
 
     call: str | None = None
     args: dict[str, Any] = field(default_factory=dict)
@@ -301,6 +302,12 @@ def check(recipe: Recipe, file: str) -> Recipe:
         if not condition:
             raise WeftError(f"{file}: {message}")
 
+    def source(config: SourceRecipe, where: str) -> None:
+        need((config.call is None) != (config.kind is None), f"{where}: give either call or kind")
+        need(config.kind is None or config.path is not None, f"{where}.path: kind {config.kind} needs a path")
+        if config.kind == "python":
+            config.call, config.args, config.kind, config.path = config.path, config.options, None, None
+
     run = recipe.run
     need(bool(recipe.data), "data: at least one source is needed")
     need(recipe.model.path is not None or recipe.trainable is not None, "model.path: name a model folder")
@@ -308,7 +315,14 @@ def check(recipe: Recipe, file: str) -> Recipe:
         need(getattr(run, name) > 0, f"run.{name}: {getattr(run, name)} must be positive")
     for i, item in enumerate(recipe.data):
         need(item.weight > 0, f"data[{i}].weight: {item.weight} must be positive; remove the source instead")
-        need((item.source.call is None) != (item.source.kind is None), f"data[{i}].source: give either call or kind")
+        source(item.source, f"data[{i}].source")
+    for name in ("validate", "grid"):
+        if getattr(recipe, name) is not None:
+            source(getattr(recipe, name).source, f"{name}.source")
+        need(
+            getattr(run, f"{name}_every") == 0 or getattr(recipe, name) is not None,
+            f"run.{name}_every: no {name} section",
+        )
     last = 0
     for i, stage in enumerate(recipe.stages):
         final = i == len(recipe.stages) - 1
@@ -318,6 +332,9 @@ def check(recipe: Recipe, file: str) -> Recipe:
             last = stage.until_step
     if recipe.stages and recipe.stages[-1].until_step is not None:
         need(last >= run.steps, f"stages end at step {last}, before run.steps {run.steps}: extend the last stage")
+    if recipe.cache is not None and recipe.cache.drop_encoders:
+        need(recipe.cache.ahead, "cache.drop_encoders: only with cache.ahead, or a record would find no encoder")
+        need(recipe.grid is None, "cache.drop_encoders: grid pictures need the encoders; drop one of the two")
     need(len(recipe.optim.betas) == 2, f"optim.betas: two numbers, found {recipe.optim.betas}")
     return recipe
 

@@ -213,22 +213,19 @@ class Feed:
             if own is not None:
                 model.resolution = own
 
+    def sized(self, records: Sequence[Record]) -> list[Record]:
+        """Held-out records with the sizes that the last stage trains at."""
+        sizes = self.sizes[-1]
+        if sizes is None:
+            return list(records)
+        return [self._sized(r, sizes[nearest_size(*picture_size(r), sizes) if len(sizes) > 1 else 0]) for r in records]
+
     def fixed(self, records: Sequence[Record], batch: int) -> list[Example]:
         """Examples of held-out records at the sizes of the last stage (past the cache)."""
         sizes = self.sizes[-1]
-        examples: list[Example] = []
-        for i in range(0, len(records), batch):
-            by_size: dict[Size | None, list[int]] = {}
-            part = records[i : i + batch]
-            for k, record in enumerate(part):
-                chosen = sizes and sizes[nearest_size(*picture_size(record), sizes) if len(sizes) > 1 else 0]
-                by_size.setdefault(chosen or None, []).append(k)
-            made: dict[int, Example] = {}
-            for size, numbers in by_size.items():
-                encoded = self._encode([self._sized(part[k], size) for k in numbers], size)
-                made |= dict(zip(numbers, encoded, strict=True))
-            examples += [made[k] for k in range(len(part))]
-        return examples
+        largest = None if sizes is None else max(sizes, key=max)
+        sized = self.sized(records)
+        return [e for i in range(0, len(sized), batch) for e in self._encode(sized[i : i + batch], largest)]
 
     def batch(self, step: int) -> Fed:
         """Examples and ids of an optimiser step (from 0)."""

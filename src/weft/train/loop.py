@@ -219,8 +219,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Held-out losses, prefixed `val/`."""
         config = self.recipe.validate
-        if config is None:
-            raise WeftError("run.validate_every is set, but there is no validate section")
+        assert config is not None  # checked with the recipe
         if self.fixed is None:
             source = open_source(config.source)
             records = [source[i] for i in range(min(config.count, len(source)))]
@@ -247,7 +246,9 @@ class Trainer:
             from weft.train.grid import draw_grid
 
             with self.averaged():
-                draw_grid(self.model, self.recipe, self.folder / "samples" / f"step-{self.step:06d}.png")
+                draw_grid(
+                    self.model, self.recipe.grid, self.feed, self.folder / "samples" / f"step-{self.step:06d}.png"
+                )
         if values:
             self.log(values)
             self.say(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))

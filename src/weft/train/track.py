@@ -92,6 +92,6 @@ def open_trackers(names: Sequence[str], folder: Path, step: int, config: dict[st
         try:
             library = importlib.import_module(module)
         except ImportError:
-            raise WeftError(f'run.trackers: "{name}" is not installed: pip install "weft[{name}]"') from None
+            raise WeftError(f'run.trackers: "{name}" is not installed: pip install "weft[track]"') from None
         trackers.append(TensorBoard(folder, step) if name == "tensorboard" else Remote(library, folder, config))
     return trackers

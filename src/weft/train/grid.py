@@ -1,0 +1,46 @@
+"""Pictures while training: the same records with the same noise each time, beside source, references and target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from weft.errors import WeftError
+from weft.report.sheet import contact_sheet
+from weft.sample.rollout import sample_flow
+from weft.train.config import GridRecipe
+from weft.train.feed import Feed, open_source
+from weft.types import FlowModel, Trainable
+
+
+@torch.no_grad()
+def draw_grid(model: Trainable, config: GridRecipe | None, feed: Feed, path: Path) -> Path:
+    """Sample the first `count` records of the grid's source and write a contact sheet. Seeds are 0, 1, 2 ..."""
+    if config is None or not isinstance(model, FlowModel):
+        raise WeftError("run.grid_every: pictures need a grid section and a flow model")
+    source = open_source(config.source)
+    records = feed.sized([source[i] for i in range(min(config.count, len(source)))])
+    rows: list[list[Image.Image | None]] = []
+    captions: list[str] = []
+    widest = max(len(record.references) for record in records)
+    for seed, record in enumerate(records):  # one by one: sizes and reference counts may differ for any family
+        flow: Any = model
+        conditions = flow.encode([record])
+        negative = flow.encode([record], negative=config.negative) if config.guidance > 1 else None
+        rollout = sample_flow(
+            flow, conditions, steps=config.steps, guidance=config.guidance, negative=negative, seeds=[seed]
+        )
+        made = flow.decode(rollout.latents, rollout.sizes)[0]
+        references = [part.load(record.root) for part in record.references]
+        row = [record.source.load(record.root) if record.source else None, *references]
+        row += [None] * (1 + widest - len(row))
+        rows.append([*row, made, record.target.load(record.root) if record.target else None])
+        captions.append(record.instruction)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = ["source", *(f"reference {k + 1}" for k in range(widest)), "output", "target"]
+    side = max(image.width for row in rows for image in row if image is not None)
+    contact_sheet(rows, columns=columns, captions=captions, scale=3 if side <= 128 else 1, path=path)
+    return path
