@@ -7,12 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from golden.make_unipic2 import GRIDS, GUIDANCE, JOBS, NEGATIVE, PROMPT, STEPS, inputs, noise, picture
 from safetensors import safe_open
-from tiny import T5_LENGTH, tiny_kontext_folder
 
+from golden.make_unipic2 import GRIDS, GUIDANCE, JOBS, NEGATIVE, PROMPT, STEPS, inputs, noise, picture
+from tiny import T5_LENGTH, tiny_kontext_folder
 from weft.models.image.sd3_kontext import UniPic2Kontext
 from weft.models.load import load
+from weft.sample.rollout import sample_flow
 from weft.types import Condition
 
 TOLERANCE = 1e-5
@@ -39,17 +40,18 @@ def golden() -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
-def sample(model: UniPic2Kontext, conditions, negatives, latents, steps=STEPS, guidance=GUIDANCE):
-    """Euler with guidance, written out, so that this test checks the model and nothing else."""
-    batch = model.prepare([*negatives, *conditions])
-    sigmas = model.sigmas(steps, conditions[0].size)
-    x = latents
-    with torch.no_grad():
-        for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
-            v = model.velocity(torch.cat([x, x]), sigma.expand(2 * len(x)), batch)
-            negative, positive = v.chunk(2)
-            x = x + (after - sigma) * (negative + guidance * (positive - negative))
-    return x
+def sample(model: UniPic2Kontext, conditions, negatives, latents):
+    """weft's own sampler from given noise, on the model's own grid."""
+    rollout = sample_flow(
+        model,
+        conditions,
+        seeds=[0] * len(conditions),
+        steps=STEPS,
+        guidance=GUIDANCE,
+        negative=negatives,
+        init_latents=latents,
+    )
+    return rollout.latents
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -101,10 +103,10 @@ def test_without_references_it_is_stock_diffusers_and_the_saved_folder_opens_the
     conditions = [Condition(str(k), (96, 48), states[k]) for k in range(4)]
     latents = sample(model, conditions[:2], conditions[2:], start)
     assert (latents - expected).abs().max() <= 1e-6
-    theirs = pipeline(**arguments, latents=start.clone()).images
-    ours = model.decode(latents, [(96, 48)] * 2)
-    for a, b in zip(ours, theirs, strict=True):
-        assert np.array_equal(np.asarray(a), np.asarray(b))
+    theirs = np.stack([np.asarray(p) for p in pipeline(**arguments, latents=start.clone()).images]).astype(int)
+    ours = np.stack([np.asarray(p) for p in model.decode(latents, [(96, 48)] * 2)]).astype(int)
+    assert np.abs(ours - theirs).max() <= 1  # a 1e-7 apart can round to the next of 256 levels
+    assert (ours != theirs).mean() < 1e-3
 
 
 def test_without_the_third_encoder_its_tokens_are_zeros_as_in_diffusers(tmp_path):

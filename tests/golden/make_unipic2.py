@@ -21,13 +21,17 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tiny import T5_LENGTH, tiny_kontext_folder  # noqa: E402
-
 from weft.rng import numpy_rng  # noqa: E402
 
 GRIDS = {"square": (8, 8), "tall": (12, 6), "wide": (6, 12)}  # latent cells
 STEPS, GUIDANCE = 28, 3.5
 PROMPT, NEGATIVE = "make the red star blue", "blur low quality"
-JOBS = {"generate": ("square", False), "generate_wide": ("wide", False), "edit": ("square", True), "edit_tall": ("tall", True)}
+JOBS = {  # name: shape, with a reference
+    "generate": ("square", False),
+    "generate_wide": ("wide", False),
+    "edit": ("square", True),
+    "edit_tall": ("tall", True),
+}
 
 
 def noise(name: str, *shape: int) -> torch.Tensor:
@@ -119,7 +123,7 @@ def main(checkout: str, commit: str) -> None:
                 )[0]  # fmt: skip
                 pixels = torch.as_tensor(result).float()
                 out[f"pipeline/{name}/{'latents' if kind == 'latent' else 'pixels'}"] = pixels.contiguous()
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}
+    versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
     target = Path(__file__).with_name("unipic2.safetensors")
     save_file(
         {name: tensor.contiguous() for name, tensor in out.items()},

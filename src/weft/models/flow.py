@@ -13,6 +13,7 @@ from torch import Tensor
 from weft import rng
 from weft.errors import WeftError
 from weft.sample import schedules
+from weft.sample.rollout import pad_latents
 from weft.types import Condition, Draw, Example, FlowModel, Loss
 
 if TYPE_CHECKING:
@@ -172,22 +173,6 @@ def task_of(example: Example) -> str:
     return bytes(example["task"].tolist()).decode()
 
 
-def pad_latents(latents: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Latents [C, h, w] of any sizes as [B, C, H, W], zero-padded at bottom and right, and the valid cells.
-
-    The mask is bool [B, 1, H, W], or None where all sizes agree.
-    """
-    if all(x.shape == latents[0].shape for x in latents):
-        return torch.stack(list(latents)), None
-    height, width = max(x.shape[-2] for x in latents), max(x.shape[-1] for x in latents)
-    out = latents[0].new_zeros(len(latents), latents[0].shape[0], height, width)
-    valid = torch.zeros(len(latents), 1, height, width, dtype=torch.bool, device=out.device)
-    for i, x in enumerate(latents):
-        out[i, :, : x.shape[-2], : x.shape[-1]] = x
-        valid[i, :, : x.shape[-2], : x.shape[-1]] = True
-    return out, valid
-
-
 @dataclass(frozen=True)
 class FlowLossConfig:
     """Options of the flow-matching loss.
@@ -216,23 +201,22 @@ class FlowLossConfig:
 TIMESTEPS = ("uniform_shifted", "logit_normal", "mode")
 
 
-def draw_sigma(config: FlowLossConfig, shift: float, generator: torch.Generator) -> float:
-    """One training sigma in [0, 1] as `config` says; `shift` is the model's, used where the config names none."""
+def sigmas_of(config: FlowLossConfig, shift: float, u: Tensor) -> Tensor:
+    """Training sigmas [B] at the uniform numbers u [B]; `shift` is the model's, used where the config names none."""
     if config.timestep == "logit_normal":
-        sigma = schedules.logit_normal(1, mean=config.mean, std=config.std, generator=generator)
-    elif config.timestep == "mode":
-        sigma = schedules.mode(1, scale=config.scale, generator=generator)
-    else:
-        own = shift if config.shift is None else config.shift
-        sigma = schedules.uniform_shifted(1, shift=own, generator=generator)
-    return float(sigma)
+        return schedules.logit_normal(len(u), mean=config.mean, std=config.std, u=u)
+    if config.timestep == "mode":
+        return schedules.mode(len(u), scale=config.scale, u=u)
+    return schedules.uniform_shifted(len(u), shift=shift if config.shift is None else config.shift, u=u)
 
 
 class LossModel(Protocol):
     """What the loss needs of a flow model (see `weft.types.FlowModel`), its own shift, and the empty text's states."""
 
-    shift: float
     downsample: int
+
+    @property
+    def shift(self) -> float: ...
 
     def prepare(self, conditions: Sequence[Condition]) -> dict: ...
 
@@ -258,33 +242,33 @@ def flow_matching_loss(
     if len(examples) != len(draw.record_ids):
         raise WeftError(f"{len(examples)} examples but {len(draw.record_ids)} record ids; they belong together")
     seen: Counter[str] = Counter()
-    conditions, noises, sigmas, dropped = [], [], [], 0
-    for i, (example, record) in enumerate(zip(examples, draw.record_ids, strict=True)):
+    conditions, noises, uniform, dropped = [], [], [], 0
+    for example, record in zip(examples, draw.record_ids, strict=True):
         where = (draw.step, record, seen[record])
         seen[record] += 1
         condition = condition_of(example, record, model.downsample)
-        if sigma is None:
-            sigmas.append(draw_sigma(config, model.shift, rng.generator(draw.seed, "sigma", *where)))
-            if task_of(example) in config.dropout_tasks:
-                if rng.numpy_rng(draw.seed, "text_dropout", *where).random() < config.text_dropout:
-                    condition.tensors = condition.tensors | model.empty_text()
-                    dropped += 1
-        else:
-            sigmas.append(float(sigma[i]))
+        u, chance = torch.rand(2, generator=rng.generator(draw.seed, "time", *where), dtype=torch.float64).tolist()
+        if sigma is None and chance < config.text_dropout and task_of(example) in config.dropout_tasks:
+            condition.tensors = condition.tensors | model.empty_text()
+            dropped += 1
+        uniform.append(u)
         conditions.append(condition)
         noises.append(rng.normal(tuple(example["target"].shape), draw.seed, "noise", *where))
+    if sigma is None:
+        times = sigmas_of(config, model.shift, torch.tensor(uniform, dtype=torch.float64))
+    else:
+        times = torch.as_tensor(sigma, dtype=torch.float32)
     batch = model.prepare(conditions)
     device = batch["text"].device
     x0, valid = pad_latents([example["target"].float() for example in examples])
     noise, _ = pad_latents(noises)
     x0, noise = x0.to(device), noise.to(device)
-    time = torch.tensor(sigmas, dtype=torch.float32, device=device)
-    t = time[:, None, None, None]
-    error = model.velocity((1 - t) * x0 + t * noise, time, batch).float() - (noise - x0)
+    t = times.to(device)[:, None, None, None]
+    error = model.velocity((1 - t) * x0 + t * noise, times.to(device), batch).float() - (noise - x0)
     error = error.square().mean(1, keepdim=True)  # [B, 1, H, W]
     if valid is None:
         per_sample = error.flatten(1).mean(1)
     else:
         mask = valid.to(device)
         per_sample = (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
-    return Loss(per_sample, {"sigma": sum(sigmas) / len(sigmas), "text_dropped": dropped / len(sigmas)})
+    return Loss(per_sample, {"sigma": float(times.mean()), "text_dropped": dropped / len(conditions)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ def load(
     configs = quantization_configs(quantization, kind, target)
     parts = load_sd3_parts(folder, dtype=kind, quantization=configs, device_map={"": target} if configs else None)
     model = UniPic2Kontext(
-        parts, resolution=resolution, licence=licence_note(str(name_or_folder)), device=target if offload != "none" else None
+        parts,
+        resolution=resolution,
+        licence=licence_note(str(name_or_folder)),
+        device=target if offload != "none" else None,
     )
     _add_loras(model, lora)
     if attention_backend is not None:
@@ -80,7 +84,7 @@ def find_model(name: str) -> Path:
     for path in (Path(name), zoo / name):
         if path.is_dir() and name:
             return path
-    known = sorted(p.name for p in zoo.iterdir() if p.is_dir() and not p.name.startswith(("_", "."))) if zoo.is_dir() else []
+    known = sorted(path.parent.name for path in zoo.glob("*/model_index.json"))
     looks_like_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
     if not looks_like_hub:
         raise WeftError(f"no model {name!r}: not a folder and not in the zoo ({', '.join(known) or 'empty'})")
@@ -97,8 +101,6 @@ def find_model(name: str) -> Path:
 
 def _family(folder: Path) -> str:
     """The pipeline class a folder declares; a release without an index is recognised by its transformer."""
-    import json
-
     index = read_index(folder)
     if index:
         return str(index.get("_class_name"))
@@ -141,7 +143,8 @@ def quantization_configs(
     """bitsandbytes configurations by part: diffusers' class for its networks, transformers' for the text encoders."""
     if quantization is None:
         return {}
-    wanted = {"transformer": quantization, "text_encoder_3": quantization} if isinstance(quantization, str) else quantization
+    both = ("transformer", "text_encoder_3")
+    wanted = dict.fromkeys(both, quantization) if isinstance(quantization, str) else quantization
     for part, bits in wanted.items():
         if part not in OFFLOAD_ORDER:
             raise WeftError(f"quantization of {part!r}: no such network; choose from {', '.join(OFFLOAD_ORDER)}")

@@ -28,8 +28,11 @@ LICENCES = {
 
 
 def licence_note(name: str | Path) -> str | None:
-    """What is known about the licence of a public checkpoint, by the last part of its hub id or folder name."""
-    return LICENCES.get(str(name).rstrip("/").split("/")[-1])
+    """What is known about the licence of a public checkpoint, by its hub id, folder or place in the hub's cache."""
+    for part in reversed(Path(name).parts):  # the cache's folders are models--OWNER--NAME/snapshots/COMMIT
+        if part.split("--")[-1] in LICENCES:
+            return LICENCES[part.split("--")[-1]]
+    return None
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -73,12 +76,12 @@ def load_sd3_parts(
     }
     parts: dict[str, Any] = {}
     for name in names:
+        path = folder / name
         if name in networks:
-            parts[name] = _network(folder / name, networks[name], dtype, quantization.get(name), device_map)
-        elif name == "scheduler":
-            parts[name] = _guard(folder / name, lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(folder / name))
+            parts[name] = _network(path, networks[name], dtype, quantization.get(name), device_map)
         else:
-            parts[name] = _guard(folder / name, lambda name=name: AutoTokenizer.from_pretrained(folder / name))
+            kind: Any = FlowMatchEulerDiscreteScheduler if name == "scheduler" else AutoTokenizer
+            parts[name] = _guard(path, partial(kind.from_pretrained, path))
     return parts
 
 
@@ -186,12 +189,11 @@ def save_folder(parts: dict[str, Any], folder: Path, dtype: torch.dtype | None =
 
 
 def _save_part(part: Any, path: Path, dtype: torch.dtype | None) -> None:
+    part.save_pretrained(path)
     if dtype is None or not isinstance(part, nn.Module):
-        part.save_pretrained(path)
         return
     import safetensors.torch
 
-    part.save_pretrained(path)
     for file in path.glob("*.safetensors"):
         tensors = safetensors.torch.load_file(file)
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
@@ -238,5 +240,5 @@ def _lora_config(file: Path) -> dict[str, Any] | None:
         config = json.loads(file.with_name("adapter_config.json").read_text(encoding="utf-8"))
     else:
         return None
-    known = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
+    known = "r lora_alpha target_modules rank_pattern alpha_pattern use_rslora use_dora lora_bias".split()
     return {f"transformer.{key}": config[key] for key in known if config.get(key) is not None}

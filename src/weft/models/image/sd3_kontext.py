@@ -21,6 +21,8 @@ from weft.errors import WeftError
 from weft.media import to_rgb
 from weft.models import flow
 from weft.models.image.attention import Layout, adopt, make_layout, patches
+from weft.sample import schedules
+from weft.sample.rollout import pad_latents
 from weft.types import Batch, Condition, Draw, Example, Loss
 
 if TYPE_CHECKING:
@@ -124,7 +126,7 @@ class UniPic2Kontext:
 
     def _encode_text(self, texts: list[str]) -> list[dict[str, Tensor]]:
         clip, pooled = [], []
-        length = min(self.parts["tokenizer"].model_max_length, self.parts["text_encoder"].config.max_position_embeddings)
+        length = self.parts["tokenizer"].model_max_length
         for suffix in ("", "_2"):
             ids = self._tokenize(f"tokenizer{suffix}", texts, length)
             out = self.parts[f"text_encoder{suffix}"](ids, output_hidden_states=True)
@@ -199,7 +201,7 @@ class UniPic2Kontext:
             raise WeftError("nothing to prepare: the list of conditions is empty")
         lengths = {c.tensors["text"].shape[0] for c in conditions}
         if len(lengths) > 1:
-            raise WeftError(f"texts of one batch differ in length ({sorted(lengths)} tokens); encode them with one model")
+            raise WeftError(f"texts of one batch differ in length ({sorted(lengths)} tokens); use one model for all")
         sizes = [flow.check_size(c.size, self.multiple) for c in conditions]
         device, dtype = self.device, self.dtype
         batch: Batch = {
@@ -223,7 +225,7 @@ class UniPic2Kontext:
         batch["references"] = [self._rows(conditions).to(device, dtype)]
         if any(size != sizes[0] for size in sizes):
             grids = [torch.ones(1, h // self.downsample, w // self.downsample) for h, w in sizes]
-            batch["valid"] = flow.pad_latents(grids)[0].bool().to(device)
+            batch["valid"] = pad_latents(grids)[0].bool().to(device)
         return batch
 
     def _layout(self, sizes: Sequence[flow.Size], shapes: Sequence[tuple], text_length: int) -> Layout:
@@ -266,9 +268,7 @@ class UniPic2Kontext:
         return flow.flow_matching_loss(self, examples, draw, self.loss_config)
 
     def sigmas(self, steps: int, size: tuple[int, int]) -> Tensor:
-        """The grid [steps + 1] of the folder's scheduler for an output of `size` pixels (the size sets a dynamic shift)."""
-        from weft.sample import schedules
-
+        """The grid [steps + 1] of the folder's scheduler; `size` (in pixels) only sets a dynamic shift."""
         config = dict(self.scheduler.config)
         tokens = (size[0] // self.multiple) * (size[1] // self.multiple)
         mu = schedules.dynamic_mu(tokens, config) if config.get("use_dynamic_shifting") else None
