@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from weft.errors import WeftError
-from weft.evals.runner import Output, Results, Sampling, evaluate, file_name, outputs, rescore
+from weft.evals.runner import Output, Results, Sampling, evaluate, file_name, fingerprint, outputs, rescore
 from weft.evals.world import EDIT_MEAN, evaluate_world, psnr_outside, rescore_world, world_evaluator
 from weft.evals.world_groups import GROUPS, expand, world_items
 from weft.record import Record
@@ -91,7 +91,7 @@ def test_the_target_scores_everything_and_the_report_says_so(tmp_path: Path, cap
     assert move.psnr and move.psnr.value > 50 and move.vae_psnr and move.vae_psnr > 50
     assert report.groups["generate"].psnr is None and report.groups["generate"].baselines["copy"] is None
     assert report.differences["edit/unseen phrasing"].value == 0
-    assert report.metrics()["world/edit/move"] == 1
+    assert report.metrics()["edit/move"] == report.metrics()["edit"] == 1 and report.metrics()["psnr_outside"] > 50
 
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["groups"][EDIT_MEAN]["success"] == {"value": 1, "low": 1, "high": 1, "count": 8, "level": 0.95}
@@ -223,7 +223,22 @@ def test_groups_are_independent_and_stable() -> None:
 
 def test_evaluator_for_training_is_a_plain_function() -> None:
     measure = world_evaluator(groups=["edit/remove"], count=2, steps=1)
-    assert measure(Ideal(target)) == {"world/edit/remove": 1.0}
+    assert measure(Ideal(target), 100) == measure(Ideal(target)) == {"edit/remove": 1.0}
+
+
+def test_fingerprint_tells_weights_apart() -> None:
+    class Weighted(Ideal):
+        linear = torch.nn.Linear(600, 600)
+
+        def modules(self) -> dict[str, torch.nn.Module]:
+            return {"transformer": self.linear}
+
+    model = Weighted(target)
+    before = fingerprint(model)
+    assert before == fingerprint(model)
+    with torch.no_grad():
+        model.linear.weight += 1e-4
+    assert fingerprint(model) != before
 
 
 def test_psnr_outside_agrees_with_the_oracle() -> None:

@@ -80,10 +80,10 @@ class WorldReport:
     results: Results | None = None
 
     def metrics(self) -> dict[str, float]:
-        """Flat numbers for a training log: success by group, and PSNR outside the mask over all edits."""
-        found = {f"world/{name}": group.success.value for name, group in self.groups.items()}
+        """Flat numbers for a training log: success by group (`edit`: mean over kinds), `psnr_outside` of all edits."""
+        found = {"edit" if name == EDIT_MEAN else name: group.success.value for name, group in self.groups.items()}
         if EDIT_MEAN in self.groups and (psnr := self.groups[EDIT_MEAN].psnr):
-            found["world/psnr_outside"] = psnr.value
+            found["psnr_outside"] = psnr.value
         return found
 
     def dict(self) -> dict[str, Any]:
@@ -190,13 +190,13 @@ def rescore_world(folder: str | Path, *, shown: int = 8, show: bool = False) -> 
 
 def world_evaluator(
     groups: Sequence[str] = ("generate", "edit"), count: int = 16, steps: int = 16, split: str = "val", **options: Any
-) -> Callable[[FlowModel], dict[str, float]]:
-    """The benchmark as a plain function of a model, small and quick, for a training run to call: flat metrics.
+) -> Callable[..., dict[str, float]]:
+    """The benchmark as a plain function f(model, step) -> flat metrics, small and quick, for a training run to call.
 
     Uses the validation split; `options` go to `evaluate_world`.
     """
 
-    def measure(model: FlowModel) -> dict[str, float]:
+    def measure(model: FlowModel, step: int = 0) -> dict[str, float]:
         fixed = {"baseline_count": 0, "vae": False, **options}
         return evaluate_world(model, split=split, groups=groups, count=count, steps=steps, **fixed).metrics()
 
