@@ -1,4 +1,4 @@
-"""The house itself: imports point downwards, nothing unsafe is called, one version, declared packages, a fast import."""
+"""The house itself: imports point downwards, nothing unsafe is called, one version, declared packages, fast import."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FLOORS = [
     {"train"},
     {"synth", "evals"},
     {"zoo"},
-    {"cli", "tour", "app", "api", "__init__", "__main__"},
+    {"cli", "tour", "tour_page", "app", "api", "__init__", "__main__"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OPEN_FLOORS = {0, len(FLOORS) - 1}

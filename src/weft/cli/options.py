@@ -106,14 +106,14 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 def check_picture_path(path: Path) -> None:
     """Refuse an output file that could not be written, before any work is done."""
+    if path.is_dir():
+        raise WeftError(f"{path} is a folder; name a file in it")
     if path.suffix.lower() in MOVEMENTS:
         raise WeftError(
             f"{path}: no model of this installation makes movements; write a picture ({', '.join(PICTURES)})"
         )
     if path.suffix.lower() not in PICTURES:
         raise WeftError(f"{path}: unknown suffix {path.suffix!r}; write a picture: {', '.join(PICTURES)}")
-    if path.is_dir():
-        raise WeftError(f"{path} is a folder; name a file in it")
     check_folder(path.parent)
 
 

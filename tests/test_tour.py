@@ -1,0 +1,74 @@
+"""The tour on a tiny random model, with the smallest amounts of work: every stage runs, and the report is complete."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from weft import tour
+from weft.media import read_metadata
+from weft.world.oracle import judge, scenes
+
+
+def test_the_tour_runs_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny import tiny_kontext_folder
+
+    model = tiny_kontext_folder(tmp_path / "tiny")
+    monkeypatch.setattr(tour, "_between", lambda value, low, high: 3)
+    monkeypatch.setattr(tour, "probe", lambda model: tour.Pace(0.01, 0.01, 0.01, 0.01, steps=2, guidance=1.0))
+    monkeypatch.setattr(tour, "EDITS", 3)
+    lines: list[str] = []
+    out = tmp_path / "tour"
+    (out / tour.WORK).mkdir(parents=True)
+    (out / tour.WORK / "old").touch()
+    page = tour.run_tour(out, model=str(model), say=lines.append)
+
+    text = page.read_text()
+    for words in ("A tour of weft", "1. Generate", "2. Edit", "3. Measure", "4. Teach", "chance", "never seen"):
+        assert words in text
+    assert text.count("data:image/png;base64") > 30
+    numbers = json.loads((out / "tour.json").read_text())
+    assert numbers["world"]["groups"]["generate"]["success"]["count"] == 3
+    assert numbers["tone_before"]["groups"].keys() == numbers["tone_after"]["groups"].keys()
+    assert set(numbers["seconds"]) == {*tour.STAGES, "all"}
+    assert numbers["train"]["steps"] == 3
+    pictures = list((out / "pictures").glob("*.png"))
+    assert len(pictures) == 2 * tour.SENTENCES + 3 + sum(map(len, tour.CHAINS))
+    assert all(read_metadata(path)["model"] == str(model) for path in pictures)
+    assert not (out / tour.WORK / "old").exists()
+    assert [line for line in lines if line.startswith("[4/4]")]
+
+
+def test_chains_are_exact(tmp_path: Path) -> None:
+    for kinds in tour.CHAINS:
+        for seed in range(3):
+            chain = tour.chain_records(kinds, seed)
+            assert [record.meta["kind"] for record in chain] == list(kinds)
+            for record, after in zip(chain, chain[1:], strict=False):
+                assert scenes(record)[1] == scenes(after)[0]
+            for record in chain:
+                assert record.target and judge(record, record.load(record.target)).success
+                assert record.source and not judge(record, record.load(record.source)).success
+
+
+def test_the_amounts_follow_the_machine() -> None:
+    fast, slow = tour.Pace(1e-5, 1e-4, 1e-4, 1e-5), tour.Pace(0.02, 0.3, 0.2, 0.1)
+    assert (fast.measured(), fast.held_out(), fast.examples(), fast.train_steps(32)) == (32, 64, 704, 500)
+    assert (slow.measured(), slow.held_out(), slow.examples(), slow.train_steps(32)) == (4, 8, 96, 20)
+    normal = tour.Pace(0.002, 0.05, 0.03, 0.006)
+    work = 11 * normal.measured() * (normal.picture + 2 * normal.judge) + 2 * normal.held_out() * normal.picture
+    work += normal.examples() * normal.example + normal.train_steps(32) * 32 * normal.train
+    assert 80 < work < 130, "with start, pictures and report: under three minutes"
+
+
+def test_the_probe_is_quick_and_positive(tmp_path: Path) -> None:
+    import weft
+    from tiny import tiny_kontext_folder
+
+    model = weft.load(tiny_kontext_folder(tmp_path / "tiny"))
+    pace = tour.probe(model)
+    assert min(pace.step, pace.judge, pace.example, pace.train) > 0
+    network = model.flow.modules()["transformer"]
+    assert all(p.grad is None and not p.requires_grad for p in network.parameters())
