@@ -218,6 +218,27 @@ def test_text_is_encoded_once_per_sentence_and_independently_of_its_batch(model,
     assert states[0]["text"].shape == (24 + T5_LENGTH, 64) and states[0]["pooled"].shape == (48,)
 
 
+def test_a_text_that_is_cut_is_reported(model, caplog):
+    model.encode_text(["a red star left of a blue ring"])
+    assert not caplog.records
+    model.encode_text(["a red star " * 20])
+    assert [r.getMessage()[:47] for r in caplog.records] == ["a text has 61 tokens, the model reads 32 of the"]
+
+
+def test_tokenizers_of_the_released_folders_have_no_tokenizer_json(folder, model, tmp_path):
+    target = broken(folder, tmp_path)
+    content = json.loads((target / "tokenizer" / "tokenizer.json").read_text())["model"]
+    shutil.rmtree(target / "tokenizer")
+    (target / "tokenizer").mkdir()
+    (target / "tokenizer" / "vocab.json").write_text(json.dumps(content["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in content["merges"])
+    (target / "tokenizer" / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 24, "pad_token": "<|endoftext|>"}
+    (target / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+    text = "Make the red STAR blue, please!"
+    assert torch.equal(load(target, device="cpu").encode_text([text])[0]["text"], model.encode_text([text])[0]["text"])
+
+
 def test_pictures_are_encoded_deterministically_and_in_any_mode(model):
     images = [picture(64, 48), picture(32, 32, seed=1), picture(64, 48, seed=2)]
     first = model.encode_images(images)

@@ -13,7 +13,7 @@ import torch
 import weft
 from weft.errors import WeftError
 from weft.models.image.sd3_kontext import UniPic2Kontext
-from weft.models.weights import licence_note, load_lora, load_sd3_parts, read_index
+from weft.models.weights import SD3_OPTIONAL, SD3_PARTS, licence_note, load_lora, load_sd3_parts, read_index
 
 SD3_PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3KontextPipeline")
 OFFLOAD_ORDER = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae")
@@ -91,9 +91,10 @@ def find_model(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt"]
+    # Only the parts in safetensors: such repositories also hold single-file and half-precision copies of them.
+    parts = ["model_index.json", "weft.json", *[f"{part}/*" for part in SD3_PARTS + SD3_OPTIONAL]]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=parts, ignore_patterns=["*.bin", "*.fp16.*", "*.fp16-*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise WeftError(f"no model {name!r}: no such folder or zoo entry, and the hub answered: {reason}") from error

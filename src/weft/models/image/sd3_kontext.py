@@ -9,6 +9,7 @@ size; guidance and layer skipping always see the references.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +31,12 @@ if TYPE_CHECKING:
 
     from weft.record import Record
 
+logger = logging.getLogger("weft")
+
 T5_LENGTH = 256
 """Longest T5 text in tokens (the pipeline's default); a tokenizer with a smaller limit lowers it."""
-PICTURES_AT_ONCE = 16
+PIXELS_AT_ONCE = 16 * 512 * 512
+"""Pictures pass the VAE in groups of at most this many pixels (and at least one picture)."""
 TEXTS_AT_ONCE = 64
 
 
@@ -144,7 +148,14 @@ class UniPic2Kontext:
         return [{"text": text[i], "pooled": vector[i]} for i in range(len(texts))]
 
     def _tokenize(self, name: str, texts: list[str], length: int) -> Tensor:
-        out = self.parts[name](texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        tokenizer = self.parts[name]
+        out = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        longest = "tokenizer_3" if self.parts.get("tokenizer_3") is not None else "tokenizer"
+        if name == longest and bool((out.attention_mask[:, -1] == 1).any()):
+            for text in texts:
+                count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
+                if count > length:
+                    logger.warning("a text has %d tokens, the model reads %d of them: %.60s ...", count, length, text)
         return out.input_ids.to(self.device)
 
     def empty_text(self) -> dict[str, Tensor]:
@@ -165,9 +176,8 @@ class UniPic2Kontext:
             groups.setdefault(flow.check_size((image.height, image.width), self.multiple), []).append(i)
         out: dict[int, Tensor] = {}
         vae = self.vae.config
-        for group in groups.values():
-            for start in range(0, len(group), PICTURES_AT_ONCE):
-                some = group[start : start + PICTURES_AT_ONCE]
+        for size, group in groups.items():
+            for some in _portions(group, size):
                 pixels = torch.from_numpy(np.stack([np.asarray(images[i]) for i in some])).permute(0, 3, 1, 2)
                 x = (pixels.to(self.device).float() / 255 * 2 - 1).to(self.vae.dtype)
                 with torch.autocast(self.device.type, enabled=False):
@@ -284,8 +294,7 @@ class UniPic2Kontext:
             groups.setdefault(flow.check_size(size, self.multiple), []).append(i)
         out: dict[int, Image.Image] = {}
         for (height, width), group in groups.items():
-            for start in range(0, len(group), PICTURES_AT_ONCE):
-                some = group[start : start + PICTURES_AT_ONCE]
+            for some in _portions(group, (height, width)):
                 z = latents[some, :, : height // self.downsample, : width // self.downsample].to(self.device).float()
                 z = z / self.vae.config.scaling_factor + self.vae.config.shift_factor
                 with torch.autocast(self.device.type, enabled=False):
@@ -294,3 +303,9 @@ class UniPic2Kontext:
                 for i, array in zip(some, pixels.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
                     out[i] = Pillow.fromarray(array)
         return [out[i] for i in range(len(sizes))]
+
+
+def _portions(group: list[int], size: tuple[int, int]) -> list[list[int]]:
+    """The members of a group of equally large pictures, cut to what passes the VAE at once."""
+    count = max(1, PIXELS_AT_ONCE // (size[0] * size[1]))
+    return [group[start : start + count] for start in range(0, len(group), count)]
