@@ -277,8 +277,9 @@ def _from_schema_0(row: dict[str, Any]) -> dict[str, Any]:
     said: list[dict[str, Any]] = [{"type": "text", "text": row.get("instruction")}]
     if references:
         said.insert(0, {"type": "text", "text": ""})  # attached: the sentence stays as it was
-    media = [(row.get("source"), "source")] + [(path, "reference") for path in references]
-    user = [{"type": "image", "path": path, "role": role} for path, role in media if path is not None] + said
+    media = [(row["source"], "source")] if row.get("source") is not None else []
+    media += [(path, "reference") for path in references]
+    user = [{"type": "image", "path": path, "role": role} for path, role in media] + said
     turns = [{"role": "user", "parts": user}]
     if row.get("target") is not None:
         turns.append({"role": "assistant", "parts": [{"type": "image", "path": row["target"]}]})
