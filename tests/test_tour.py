@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageChops
 
 from weft import tour
+from weft.cli.main import main
 from weft.media import read_metadata
 from weft.world.oracle import judge, scenes
 
@@ -16,9 +18,10 @@ def test_the_tour_runs_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from tiny import tiny_kontext_folder
 
     model = tiny_kontext_folder(tmp_path / "tiny")
-    monkeypatch.setattr(tour, "_between", lambda value, low, high: 3)
+    monkeypatch.setattr(tour, "_between", lambda value, low, high: 2)
     monkeypatch.setattr(tour, "probe", lambda model: tour.Pace(0.01, 0.01, 0.01, 0.01, steps=2, guidance=1.0))
-    monkeypatch.setattr(tour, "EDITS", 3)
+    monkeypatch.setattr(tour, "SENTENCES", 2)
+    monkeypatch.setattr(tour, "CHAINS", (("recolour", "add"),))
     lines: list[str] = []
     out = tmp_path / "tour"
     (out / tour.WORK).mkdir(parents=True)
@@ -30,14 +33,23 @@ def test_the_tour_runs_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert words in text
     assert text.count("data:image/png;base64") > 30
     numbers = json.loads((out / "tour.json").read_text())
-    assert numbers["world"]["groups"]["generate"]["success"]["count"] == 3
+    assert numbers["world"]["groups"]["generate"]["success"]["count"] == 2
     assert numbers["tone_before"]["groups"].keys() == numbers["tone_after"]["groups"].keys()
     assert set(numbers["seconds"]) == {*tour.STAGES, "all"}
-    assert numbers["train"]["steps"] == 3
+    assert numbers["train"]["steps"] == 2
     pictures = list((out / "pictures").glob("*.png"))
-    assert len(pictures) == 2 * tour.SENTENCES + 3 + sum(map(len, tour.CHAINS))
-    assert all(read_metadata(path)["model"] == str(model) for path in pictures)
+    made = [path for path in pictures if "source" not in path.name]
+    assert len(made) == 2 * 2 + 11 + 2
+    assert all(read_metadata(path)["model"] == str(model) for path in made)
     assert not (out / tour.WORK / "old").exists()
+
+    # The page's own commands make its pictures again.
+    first = read_metadata(out / "pictures" / "edit-1.png")
+    source, again = out / "pictures" / "edit-1-source.png", tmp_path / "again.png"
+    words = ["edit", str(source), first["instruction"], "--seed", str(first["seed"]), "-o", str(again)]
+    assert main([*words, "--model", str(model)]) == 0
+    close = ImageChops.difference(Image.open(again), Image.open(out / "pictures" / "edit-1.png")).getextrema()
+    assert max(high for _, high in close) <= 1
     assert [line for line in lines if line.startswith("[4/4]")]
 
 

@@ -3,7 +3,7 @@
     import weft
 
     model = weft.load("tiny-kontext")
-    scene = model.generate("a red star left of a blue ring", seed=7)
+    scene = model.generate("a red star at the top left on a white background", seed=7)
     model.edit(scene, "make the star green", seed=7).save("out.png")
     weft.train("recipe.yaml")
 

@@ -1,7 +1,7 @@
 """The Python face of weft: a loaded model that generates, edits and runs batches of records.
 
 model = weft.load("tiny-kontext")
-scene = model.generate("a red star left of a blue ring", seed=7)
+scene = model.generate("a red star at the top left on a white background", seed=7)
 three = model.edit(scene, "make the star green", seed=7, n=3)
 model.edit("scene.png", weft.weave("give the star the material of {cloth.png}"))
 """

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import weft
 from weft.api import Model, Options, Output
-from weft.media import atomic_write
+from weft.media import atomic_write, save_image
 from weft.record import Record, Turn, image_part, make_record, text_part
 from weft.rng import numpy_rng
 from weft.types import Draw
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 WORK = "tour-work"  # inside the output folder; removed at the start of the next tour
 TONE = "held-out kind"
 KNOWN = "edit/recolour"
-SENTENCES, EDITS, CHAINS = 6, 8, (("recolour", "add", "background"), ("move", "repattern", "remove"))
+SENTENCES, CHAINS = 6, (("recolour", "add", "background"), ("move", "repattern", "remove"))
 Say = Callable[[str], None]
 
 
@@ -132,7 +132,7 @@ def generate(model: Model, found: Findings, folder: Path, seed: int, say: Say) -
     from weft.world.oracle import judge
 
     sentences = records("test", count=SENTENCES, seed=100 + seed, tasks=["generate"])[:]
-    outputs = list(model.run(sentences, seed=seed, n=2))
+    outputs = list(model.run(sentences, n=2, seeds=[seed, seed + 1] * len(sentences)))
     for k, record in enumerate(sentences):
         pair = outputs[2 * k : 2 * k + 2]
         found.generated.append((record, pair, judge(record, pair[0].image)))
@@ -147,10 +147,13 @@ def edit(model: Model, found: Findings, folder: Path, seed: int, say: Say) -> No
     from weft.world.edits import HELD_OUT_KIND, KINDS
     from weft.world.oracle import judge
 
-    kinds = [kind for kind in KINDS if kind != HELD_OUT_KIND][:EDITS]
+    kinds = [kind for kind in KINDS if kind != HELD_OUT_KIND]
     tasks = [records("test", count=1, seed=200 + seed, tasks=["edit"], kinds=[kind])[0] for kind in kinds]
-    for k, (record, output) in enumerate(zip(tasks, model.run(tasks, seed=seed), strict=True)):
-        output.save(folder / "pictures" / f"edit-{k + 1}-{record.meta['kind']}.png")
+    outputs = model.run(tasks, seeds=[seed] * len(tasks))
+    for k, (record, output) in enumerate(zip(tasks, outputs, strict=True), 1):
+        output.save(folder / "pictures" / f"edit-{k}.png")
+        if record.source:
+            save_image(record.load(record.source), folder / "pictures" / f"edit-{k}-source.png")
         found.edited.append((record, output, judge(record, output.image)))
         say(f'"{record.instruction}"')
     for c, names in enumerate(CHAINS):
@@ -158,7 +161,7 @@ def edit(model: Model, found: Findings, folder: Path, seed: int, say: Say) -> No
         for k, record in enumerate(chain_records(names, seed + c)):
             source = chain[-1][1].image if chain else record.source
             request = make_record(record.instruction, source, size=tuple(record.meta["size"]), id=record.id)
-            output = next(model.run([request], seed=seed))
+            output = next(model.run([request], seeds=[seed]))
             output.save(folder / "pictures" / f"chain-{c + 1}-step-{k + 1}.png")
             chain.append((record, output, judge(record, output.image)))
         found.chains.append(chain)

@@ -39,7 +39,7 @@ def tour_page(model: Model, found: Findings, folder: Path, seed: int) -> Page:
     page = Page("A tour of weft", summary, facts, labels)
     _headline(page, found)
     _generated(page, found)
-    _edited(page, found)
+    _edited(page, found, folder)
     _measured(page, found)
     _taught(page, found)
     _afterwards(page, found, folder)
@@ -65,10 +65,11 @@ def _headline(page: Page, found: Findings) -> None:
 
 
 def _generated(page: Page, found: Findings) -> None:
-    section = page.section("1. Generate").code('weft generate "a red star left of a blue ring" -o scene.png')
+    record, (first, *_), _ = found.generated[0]
+    section = page.section("1. Generate").code(f'weft generate "{record.instruction}" --seed {first.seed} -o scene.png')
     section.text(
-        "Sentences from the test split; no training picture shows these scenes. Two seeds for each sentence, and the "
-        "scene that the sentence describes. The verdict is on the first picture."
+        "Sentences from the test split; no training picture shows these scenes. Two pictures for each sentence, and "
+        "the scene that it describes. The verdict is on the first picture. The command makes the first of them again."
     )
     section.comparisons(
         [
@@ -84,25 +85,30 @@ def _generated(page: Page, found: Findings) -> None:
 
 
 def _seeds(pair: list[Output]) -> list[tuple[str, Any]]:
-    return [(f"seed {k}", output.image) for k, output in enumerate(pair, 1)]
+    return [(f"seed {output.seed}", output.image) for output in pair]
 
 
-def _edited(page: Page, found: Findings) -> None:
-    section = page.section("2. Edit").code('weft edit scene.png "make the star green" -o out.png')
+def _edited(page: Page, found: Findings, folder: Path) -> None:
+    record, output, _ = found.edited[0]
+    source = folder / "pictures" / "edit-1-source.png"
+    section = page.section("2. Edit")
+    section.code(f'weft edit {source} "{record.instruction}" --seed {output.seed} -o out.png')
     section.text("One instruction of each kind. The exact target is what a perfect edit would be.")
     section.comparisons([_edit_card(record, output, verdict) for record, output, verdict in found.edited])
     section.text(
         "Edits of edits: each step starts from the model's own last picture. The verdict is on everything so far, so a "
         "mistake stays a mistake."
     )
-    for number, chain in enumerate(found.chains, 1):
+    cards = []
+    for chain in found.chains:
         first = chain[0][0]
         pictures: list[tuple[str, Any]] = [("source", first.load(first.source) if first.source else None)]
         pictures += [(f"step {k}", output.image) for k, (_, output, _) in enumerate(chain, 1)]
         pictures += [("exact target", _target(chain[-1][0]))]
         steps = "; then: ".join(record.instruction for record, _, _ in chain)
         checks = {f"step {k}": verdict.success for k, (_, _, verdict) in enumerate(chain, 1)}
-        section.comparisons([Comparison(f"{number}. {steps}", pictures, chain[-1][2].success, checks)])
+        cards.append(Comparison(steps, pictures, chain[-1][2].success, checks))
+    section.comparisons(cards)
 
 
 def _edit_card(record: Record, output: Output, verdict: Any) -> Comparison:

@@ -43,7 +43,7 @@ def usage(group: str = "") -> str:
     lines += [f"  {name:{width}}{COMMANDS[name][2]}" for name in names]
     if not group:
         lines += ["", "examples:"]
-        lines += ['  weft generate "a red star left of a blue ring" -o scene.png']
+        lines += ['  weft generate "a red star at the top left on a white background" -o scene.png']
         lines += ['  weft edit scene.png "make the star green" -o out.png']
     lines += ["", "weft COMMAND --help explains a command's options."]
     return "\n".join(lines)
