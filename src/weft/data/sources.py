@@ -240,7 +240,11 @@ def _call(config: SourceConfig) -> Sequence[Record]:
     if records is None or not len(records) or not isinstance(records[0], Record):
         raise WeftError(f"{config.path} returned no records: return a sequence of weft.Record")
     if config.limit is not None:
-        records = records[: config.limit] if isinstance(records, list) else [records[k] for k in range(config.limit)]
+        records = (
+            records[: config.limit]
+            if isinstance(records, list)
+            else [records[k] for k in range(min(config.limit, len(records)))]
+        )
     if config.task is not None:
         raise WeftError(f"task: {config.path} returns records with their task: remove the task")
     return records
