@@ -42,8 +42,8 @@ def test_an_epoch_is_a_permutation_and_epochs_differ():
         Stream("a", 0, seed=0)
 
 
-def sampler(seed=0, spans=(Span(0, 4),)):
-    return Sampler([10, 7, 23], [2, 1, 1], ["edit", "edit", "generate"], spans, seed)
+def sampler(seed=0):
+    return Sampler([10, 7, 23], [2, 1, 1], ["edit", "edit", "generate"], [Span(0, 4)], seed)
 
 
 def test_batches_alternate_and_do_not_depend_on_history():

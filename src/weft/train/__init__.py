@@ -1,8 +1,24 @@
-"""Training: `run(recipe)` trains anything that implements `weft.types.Trainable`; `plan(recipe)` says what it costs."""
+"""Training: `run(recipe)` trains anything that implements `weft.types.Trainable`; `plan(recipe)` says what it costs.
+
+The room itself can be called: `weft.train("recipe.yaml", reward=...)` is `weft.train.run(...)`.
+"""
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+from typing import Any
+
 from weft.train.config import Recipe, read_recipe
 from weft.train.loop import Preempted, RunResult, run
+from weft.train.plan import Plan, plan
 
-__all__ = ["Preempted", "Recipe", "RunResult", "read_recipe", "run"]
+__all__ = ["Plan", "Preempted", "Recipe", "RunResult", "plan", "read_recipe", "run"]
+
+
+class _Room(ModuleType):
+    def __call__(self, recipe: Any, overrides: Any = (), *, evaluators: Any = None, reward: Any = None) -> RunResult:
+        return run(recipe, overrides, evaluators=evaluators, reward=reward)
+
+
+sys.modules[__name__].__class__ = _Room

@@ -174,6 +174,14 @@ class MethodRecipe:
 
 
 @dataclass(slots=True)
+class PlanRecipe:
+    """For `plan` alone: time two real steps, or divide operations by this many 1e12 per second."""
+
+    measure: bool = False
+    tflops: float | None = None
+
+
+@dataclass(slots=True)
 class Recipe:
     model: ModelRecipe = field(default_factory=ModelRecipe)
     trainable: str | None = None
@@ -186,6 +194,7 @@ class Recipe:
     run: RunRecipe = field(default_factory=RunRecipe)
     validate: ValidateRecipe | None = None
     grid: GridRecipe | None = None
+    plan: PlanRecipe = field(default_factory=PlanRecipe)
 
 
 def nearest(key: str, known: Sequence[str]) -> str:

@@ -87,8 +87,15 @@ def picture_size(record: Record) -> Size:
     part = record.target or record.source
     if part is None:
         raise WeftError(f"record {record.id!r} has no picture to take an aspect ratio from")
-    image = part.load(record.root)
-    return image.height, image.width
+    if part.path is None:
+        image = part.load(record.root)
+        return image.height, image.width
+    from PIL import Image
+
+    with Image.open(part.file(record.root)) as header:  # the header alone: pictures are read when they are needed
+        width, height = header.size
+        turned = header.getexif().get(0x0112, 1) >= 5
+    return (width, height) if turned else (height, width)
 
 
 def content_digest(record: Record) -> str:

@@ -37,7 +37,7 @@ FREE = {
     "run.folder", "run.checkpoint_every", "run.keep", "run.log_every", "run.validate_every", "run.grid_every",
     "run.evaluate_every", "run.threads", "run.device", "run.export", "run.allow_changes", "run.trackers", "run.compile",
 }  # fmt: skip
-FREE_SECTIONS = ("validate", "grid", "cache")
+FREE_SECTIONS = ("validate", "grid", "cache", "plan")
 
 
 class Preempted(SystemExit):

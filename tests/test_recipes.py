@@ -1,0 +1,87 @@
+"""Every recipe in the repository trains for two steps when its model folder and its data are swapped for tiny ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tiny import tiny_kontext_folder
+from weft.train import read_recipe
+from weft.train.feed import stage_sizes
+from weft.train.loop import Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_kontext_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def tiny_source(source, group):
+    """The embedded world in place of a real set; a source that is the world already keeps its own arguments."""
+    if source.get("call", "").startswith("weft.world:"):
+        return {**source, "args": {**source.get("args", {}), "count": 4}}
+    return {"call": "weft.world:records", "args": {"count": 4, "tasks": ["generate" if "gen" in group else "edit"]}}
+
+
+def shrunk(path, folder, out):
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    tree["model"]["path"] = str(folder)
+    for item in tree["data"]:
+        item["source"] = tiny_source(item["source"], item.get("batch_group", "edit"))
+    for name in ("validate", "grid"):
+        if tree.get(name):
+            tree[name] |= {"source": tiny_source(tree[name]["source"], "edit"), "count": 2}
+    if tree.get("grid"):
+        tree["grid"]["steps"] = 2
+    for stage in tree.get("stages", []):  # the tiny position table ends at 384 pixels
+        stage["size"] = min(stage.get("size", 64), 128)
+        stage |= {key: small for key, small in (("batch_size", 2), ("accumulate", 1)) if key in stage}
+    tree["run"] |= {"folder": str(out), "batch_size": 2, "accumulate": min(2, tree["run"].get("accumulate", 1))}
+    tree["run"]["threads"] = 1
+    return tree
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT / "recipes")))
+def test_two_steps(path, folder, tmp_path):
+    recipe = read_recipe(shrunk(path, folder, tmp_path))
+    trainer = Trainer(recipe, {}, lambda line: None)
+    before = {k: p.detach().clone() for k, p in trainer.parameters.items()}
+    trainer.prepare_data()
+    trainer.train_step()
+    values = trainer.train_step()
+    assert trainer.step == 2 and torch.isfinite(torch.tensor(values["loss"]))
+    assert any(not torch.equal(before[k], p) for k, p in trainer.parameters.items())
+    if recipe.validate is not None:
+        assert all(torch.isfinite(torch.tensor(v)) for v in trainer.validate().values())
+    trainer.save()
+    if recipe.run.export:
+        trainer.export()
+        assert (tmp_path / "export" / "training.json").is_file()
+
+
+def test_the_published_numbers_of_stage_b():
+    recipe = read_recipe(ROOT / "recipes" / "unipic2" / "stage_b_kontext.yaml")
+    assert recipe.run.steps == 200_000 and recipe.run.batch_size * recipe.run.accumulate == 128
+    assert all((s.batch_size or 8) * (s.accumulate or 16) == 128 for s in recipe.stages)
+    o = recipe.optim
+    assert (o.name, o.lr, o.betas, o.eps, o.weight_decay, o.schedule) == (
+        "adamw",
+        4e-5,
+        [0.9, 0.95],
+        1e-8,
+        0.05,
+        "cosine",
+    )
+    totals = {g: sum(d.weight for d in recipe.data if d.batch_group == g) for g in ("edit", "generate")}
+    assert totals["edit"] == pytest.approx(totals["generate"])
+    for stage in recipe.stages:
+        for height, width in stage_sizes(stage):
+            assert height % 32 == 0 and width % 32 == 0
+            assert abs((height * width) ** 0.5 / stage.size - 1) < 0.07
+    assert stage_sizes(recipe.stages[1])[:2] == [(512, 512), (448, 576)]
