@@ -66,6 +66,7 @@ def step(
     second value of the grid, which is `sigma_next` unless told otherwise. `valid` [B, 1, H, W] marks the real
     cells of padded latents: only they count in the log-prob. Raises WeftError for an impossible combination.
     """
+    _check_kind(kind, eta)
     if kind == "ode" and (noise is not None or x_next is not None):
         raise WeftError("the ode kind is deterministic: it takes no noise, and a stored x_next has no log-prob")
     if kind != "ode" and (noise is None) == (x_next is None):
@@ -87,9 +88,11 @@ def coefficients(
     sigma: Sigma, sigma_next: Sigma, *, kind: str, eta: float = 0.0, sigma_max: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(a, b, std, g) of the transition in fp64, each a number or [B]: mean = a x + b v, see the module's head."""
-    s = torch.as_tensor(sigma).detach().to("cpu", torch.float64)
-    t = torch.as_tensor(sigma_next).detach().to("cpu", torch.float64)
-    _check(s, t, kind, eta)
+    s = torch.as_tensor(sigma, dtype=torch.float64, device="cpu").detach()
+    t = torch.as_tensor(sigma_next, dtype=torch.float64, device="cpu").detach()
+    _check_kind(kind, eta)
+    if not bool(((s > t) & (t >= 0) & (s <= 1)).all()):
+        raise WeftError(f"a step must go down within [0, 1]; got sigma {s.tolist()} to {t.tolist()}")
     dt = t - s
     if kind == "ode":
         return torch.ones_like(dt), dt, torch.zeros_like(dt), torch.zeros_like(dt)
@@ -137,7 +140,7 @@ def _like(value: Tensor, x: Tensor) -> Tensor:
     return value if value.ndim == 0 else value.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _check(s: Tensor, t: Tensor, kind: str, eta: float) -> None:
+def _check_kind(kind: str, eta: float) -> None:
     if kind not in KINDS:
         raise WeftError(f"step kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
     if kind == "ode" and eta != 0:
@@ -146,5 +149,3 @@ def _check(s: Tensor, t: Tensor, kind: str, eta: float) -> None:
         raise WeftError(f"kind {kind} needs a noise level eta > 0, got {eta} (usual: 0.7; dance_sde 0.3)")
     if kind == "cps" and eta > 1:
         raise WeftError(f"eta is {eta}, but cps takes at most 1 (at 1 all noise is fresh)")
-    if not bool(((s > t) & (t >= 0) & (s <= 1)).all()):
-        raise WeftError(f"a step must go down within [0, 1]; got sigma {s.tolist()} to {t.tolist()}")
