@@ -84,7 +84,7 @@ EDITS: dict[str, Table] = {
             "instead of {the}, draw {a}",
             "{the} should become {a}",
         ),
-        ("instead of {the}, put {a}", "exchange {the}: draw {a} in place of it", "{the} should turn into {a}"),
+        ("instead of {the}, put {a}", "in place of {the}, draw {a}", "{the} should turn into {a}"),
     ),
     "recolour": (
         (
@@ -209,7 +209,7 @@ PICTURES: Table = (
         "show {list} on {b}",
         "i want a picture with {list} on {b}",
     ),
-    ("a drawing with {list} on {b}", "on {b}, draw {list}", "please show {list}; the background should be {b}"),
+    ("a picture with {list} on {b}", "on {b}, draw {list}", "please show {list}; the background should be {b}"),
 )
 STYLED: Table = (
     ("{0}, in {v} style", "{0}, drawn in {v} style", "in {v} style: {0}", "{0}, {v} style"),
@@ -217,7 +217,7 @@ STYLED: Table = (
 )
 LIT: Table = (
     ("{0}, lit from the {v}", "{0}, with light from the {v}", "{0}, the light comes from the {v}"),
-    ("{0}; light comes from the {v}", "{0}, illuminated from the {v}"),
+    ("{0}; light comes from the {v}", "{0}; the light is from the {v}"),
 )
 TONED: Table = (("{0}, in a {v} tone", "{0}, with {v} colours"), ("{0}; the tone is {v}",))
 

@@ -111,7 +111,7 @@ class World(Sequence[Record]):
             "size": list(self.size),
         }
         return Record(
-            id=f"world-{self.split}-{self.seed}-{task}-{index:07d}",
+            id=f"world-{self.split}-{self.seed}-{kind}-{self.phrasing}-{self.combo}-{index:07d}",
             task=task,
             turns=[Turn("user", user), Turn("assistant", [image_part(Picture(target, *self.size), None)])],
             meta={
@@ -126,7 +126,9 @@ class World(Sequence[Record]):
 
     def _draft(self, rng: np.random.Generator, task: str, kind: str, unseen: bool) -> Any:
         speaker = Speaker(rng, unseen)
-        source: Scene | None = draw_scene(rng, self.prior)
+        # A caption does not say which part of a photograph it means, so new pictures have none.
+        prior = self.prior if task in ("edit", "multi_edit") else replace(self.prior, photo=0.0)
+        source: Scene | None = draw_scene(rng, prior)
         plan: list[Op] | None = []
         references: list[Scene] = []
         if task == "generate":
