@@ -328,10 +328,8 @@ def check(recipe: Recipe, file: str) -> Recipe:
     for name in ("validate", "grid"):
         if getattr(recipe, name) is not None:
             source(getattr(recipe, name).source, f"{name}.source")
-        need(
-            getattr(run, f"{name}_every") == 0 or getattr(recipe, name) is not None,
-            f"run.{name}_every: no {name} section",
-        )
+        else:
+            need(getattr(run, f"{name}_every") == 0, f"run.{name}_every is set, but there is no {name} section")
     last = 0
     for i, stage in enumerate(recipe.stages):
         final = i == len(recipe.stages) - 1

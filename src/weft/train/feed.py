@@ -254,19 +254,23 @@ class Feed:
         return Fed(batch, examples, ids)
 
     def _lookup(self, rows: Sequence[tuple[int, int]], size: Size | None) -> list[tuple[str, str]]:
+        """Keys and ids of these rows, all of them in the cache afterwards.
+
+        If one is missing all are encoded together: an encoder's last bits depend on its batch, and so the values
+        stored are those of the uninterrupted run even if a part of them was written before a kill.
+        """
         assert self.cache is not None
-        missing: dict[str, Record] = {}
+        known = [self._keys.get((s, row, size)) for s, row in rows]
+        if all(memo is not None and memo[0] in self.cache for memo in known):
+            return [memo for memo in known if memo is not None]
+        together: dict[str, Record] = {}
         for s, row in rows:
-            memo = self._keys.get((s, row, size))
-            if memo is not None and memo[0] in self.cache:
-                continue
             record = self._sized(self.sources[s][row], size)
             key = example_key(self.print, content_digest(record), str(size))
             self._keys[s, row, size] = (key, record.id)
-            if key not in self.cache:
-                missing[key] = record
-        if missing:
-            for key, example in zip(missing, self._encode(list(missing.values()), size), strict=True):
+            together[key] = record
+        if any(key not in self.cache for key in together):
+            for key, example in zip(together, self._encode(list(together.values()), size), strict=True):
                 self.cache.add(key, example)
         return [self._keys[s, row, size] for s, row in rows]
 

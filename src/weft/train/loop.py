@@ -116,6 +116,8 @@ class Trainer:
             tensors["ema"] = self.ema.shadow
         if buffers := self.buffers.changed():
             tensors["buffers"] = buffers
+        if self.feed.cache is not None:
+            self.feed.cache.flush()  # what a continued run finds must be what this one would find
         state = {"recipe": plain(self.recipe), "torch": torch.__version__}
         path = write_checkpoint(self.folder, self.step, tensors, state, self.recipe.run.keep)
         self.saved = self.step
@@ -324,8 +326,6 @@ class Trainer:
                     self.save()
                 self.say(f"stopped by signal {self.stop} at step {self.step}, state saved")
                 raise Preempted(128 + self.stop)
-        if self.feed.cache is not None:
-            self.feed.cache.flush()
 
     @contextmanager
     def signals(self) -> Iterator[None]:

@@ -146,7 +146,7 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
         seconds = float("nan")
         assumed.append("time: unknown for a model of your own; plan.measure=true times two steps")
     else:
-        rate, why = _rate(config, count)
+        rate, why = _rate(config, sum(parameters[name] for name in names))
         seconds = flops / rate
         assumed.append(f"time: {factor} x forward operations at {rate / 1e12:g} TFLOP/s {why}")
     memory = _memory(config, modules, names, trained, stages, assumed)
@@ -190,7 +190,7 @@ def _modules(config: Recipe) -> dict[str, nn.Module]:
 
 
 def _references(config: Recipe, assumed: list[str]) -> float:
-    """Input pictures per sample, averaged over the groups' weights: counted in the first records where there are any."""
+    """Input pictures per sample, averaged over the groups' weights; counted in the first records if they are here."""
     total = sum(item.weight for item in config.data)
     mean, guessed = 0.0, False
     for item in config.data:
@@ -256,10 +256,10 @@ def _flops(transformer: Any, h: int, w: int, references: int, text: int) -> floa
     return float(counter.get_total_flops())
 
 
-def _rate(config: Recipe, trained: int) -> tuple[float, str]:
+def _rate(config: Recipe, size: int) -> tuple[float, str]:
     if config.plan.tflops is not None:
         return config.plan.tflops * 1e12, "(plan.tflops)"
-    if config.run.device != "cpu" and (pick_device("auto").type == "cuda" or trained > 100_000_000):
+    if config.run.device != "cpu" and (pick_device("auto").type == "cuda" or size > 100_000_000):
         return SUSTAINED, "(a data-centre GPU in bf16; set plan.tflops, or plan.measure=true)"
     threads = config.run.threads or torch.get_num_threads()
     return PER_THREAD * threads, f"({threads} CPU threads; set plan.tflops, or plan.measure=true)"
@@ -313,7 +313,7 @@ def _memory(
 
 
 def _measure(config: Recipe) -> float:
-    """Seconds of the whole run at the mean of two real steps, after one to warm up. Nothing is written but the cache."""
+    """Seconds of the whole run at the mean of two real steps, after one to warm up. Leaves nothing behind."""
     import tempfile
 
     from weft.train.loop import Trainer
