@@ -27,8 +27,9 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" && $(PYTHON) -c "$(ENOUGH)" || { \
-		echo "weft needs Python 3.11 or newer, found: $$(python3 --version 2>&1 || echo none); make PYTHON=/path/to/python3.12" >&2; \
+	@test -n "$(PYTHON)" && $(PYTHON) -c "$(ENOUGH)" 2>/dev/null || { \
+		echo "weft needs Python 3.11 or newer (found: $$($(or $(PYTHON),python3) --version 2>&1 | head -n 1));" \
+			"name one with make PYTHON=/path/to/python3.12" >&2; \
 		exit 2; }
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || { \
 		rm -rf $(VENV); \
