@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,7 @@ def _stages(config: Recipe, modules: dict[str, nn.Module], references: float) ->
     from weft.train.config import StageRecipe
 
     plans, start = [], 0
+    operations: Callable[[float], float] | None = None
     for stage in config.stages or [StageRecipe()]:
         stop = stage.until_step if stage.until_step is not None else config.run.steps
         steps = max(0, min(stop, config.run.steps) - start)
@@ -227,8 +228,9 @@ def _stages(config: Recipe, modules: dict[str, nn.Module], references: float) ->
         h, w = size[0] // down, size[1] // down
         cells = h * w // transformer.config.patch_size**2
         text = _text_length(modules)
+        operations = operations or _operations(transformer, text)
         whole, rest = int(references), references - int(references)
-        low, high = (_flops(transformer, h, w, k, text) for k in (whole, whole + 1))
+        low, high = (operations(cells * (1 + k)) for k in (whole, whole + 1))
         tokens = cells * (1 + references) + text
         plans.append(StagePlan(steps, batch, size, tokens, low + rest * (high - low)))
     return plans
@@ -240,20 +242,28 @@ def _text_length(modules: dict[str, nn.Module]) -> int:
     return clip.config.max_position_embeddings + (256 if t5 is None or t5.config.d_model >= 1024 else 32)
 
 
-def _flops(transformer: Any, h: int, w: int, references: int, text: int) -> float:
-    """Operations of one forward of one sample, counted on the meta device; a reference as large as the target."""
+def _operations(transformer: Any, text: int) -> Callable[[float], float]:
+    """Operations of one forward of one sample as a function of its image tokens.
+
+    Counted on the meta device at three small lengths: linear layers make them linear, attention quadratic, so that
+    three points fix them for every length. References cost what as many tokens of the target would.
+    """
+    import numpy as np
     from torch.utils.flop_counter import FlopCounterMode
 
     config = transformer.config
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        # a picture of (1 + references) times the height has the same number of tokens as target and references
-        transformer(
-            hidden_states=torch.empty(1, config.in_channels, h * (1 + references), w),
-            encoder_hidden_states=torch.empty(1, text, config.joint_attention_dim),
-            pooled_projections=torch.empty(1, config.pooled_projection_dim),
-            timestep=torch.empty(1),
-        )
-    return float(counter.get_total_flops())
+    lengths, counts = (1, 2, 3), []
+    for rows in lengths:
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            transformer(
+                hidden_states=torch.empty(1, config.in_channels, rows * config.patch_size, 16 * config.patch_size),
+                encoder_hidden_states=torch.empty(1, text, config.joint_attention_dim),
+                pooled_projections=torch.empty(1, config.pooled_projection_dim),
+                timestep=torch.empty(1),
+            )
+        counts.append(float(counter.get_total_flops()))
+    curve = np.polynomial.Polynomial.fit([16 * n for n in lengths], counts, 2).convert()
+    return lambda tokens: float(curve(tokens))
 
 
 def _rate(config: Recipe, size: int) -> tuple[float, str]:
