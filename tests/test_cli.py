@@ -328,3 +328,49 @@ def test_the_doctor(weft: Run, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> N
     monkeypatch.setattr(checks, "tested_versions", lambda: {"torch": "1.0.0"})
     status, out, err = weft("doctor")
     assert status == 1 and "bad  zoo model" in out and "tested with 1.0.0" in out and "1 to mend" in out
+
+
+# ---------------------------------------------------------------- evaluating and training
+
+
+def test_eval_world(weft: Run, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "eval"
+    words = [
+        "eval",
+        "world",
+        "--model",
+        tiny,
+        "--count",
+        1,
+        "--steps",
+        1,
+        "--groups",
+        "generate",
+        "edit/add",
+        "-o",
+        out,
+    ]
+    status, text, err = weft(*words)
+    assert status == 0, err
+    assert text.rstrip().endswith("report.html") and (out / "report.html").is_file()
+    settings = json.loads((out / "run.json").read_text())
+    assert settings["model"] == str(tiny) and settings["steps"] == 1
+    assert weft("eval", "world", "--rescore", out)[0] == 0
+    is_one_line(weft("eval", "world", "--groups", "edit/paint"), "edit/paint", "edit/add")
+    is_one_line(weft("eval", "world", "--model", tiny, "--size", "64x64"), "--size")
+    is_one_line(weft(*words, "--seed", 1), "another run", "seed")
+
+
+def test_train_and_plan(weft: Run, tiny: Path, tmp_path: Path) -> None:
+    small = [f"model.path={tiny}", "data.0.source.args.count=4", "data.1.source.args.count=4", "run.batch_size=2"]
+    status, out, err = weft("plan", "tiny/tour_tone", *small)
+    assert status == 0, err
+    assert "memory" in out and "tokens" in out
+    run = tmp_path / "run"
+    status, out, err = weft("train", "tiny/tour_tone", *small, "run.steps=2", "-o", run)
+    assert status == 0, err
+    export = Path(out.strip().splitlines()[-1])
+    assert (export / "model_index.json").is_file() and run in export.parents
+    assert weft("generate", "a star", "--model", export, "--steps", 1, "-o", tmp_path / "x.png")[0] == 0
+    is_one_line(weft("train", "tiny/tour_tone", "run.stps=2"), "run.stps", "steps")
+    is_one_line(weft("train", "tiny/tour_tone", "steps"), "key.subkey=value")
