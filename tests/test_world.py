@@ -14,8 +14,8 @@ from weft.world import Scene, records, render
 from weft.world.corrupt import corruptions
 from weft.world.edits import HELD_OUT_KIND, KINDS, apply
 from weft.world.oracle import edit_mask, judge
-from weft.world.phrases import EDITS, POLITE
 from weft.world.scene import BACKGROUNDS, COLOURS, LIGHTS, PATTERNS, SHAPES, SIZES, STYLES, TONES
+from weft.world.words import EDITS, POLITE
 
 TASKS = ("generate", "edit", "multi_edit", "multi_generate")
 

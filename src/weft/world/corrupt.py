@@ -36,7 +36,7 @@ def corruptions(record: Record, rng: np.random.Generator) -> Iterator[tuple[str,
         if target.things:
             yield "place", target.with_thing(int(rng.integers(len(target.things))), cell=cell)
     key = pick(rng, GLOBALS)
-    yield "global", replace(target, **{key: pick(rng, [v for v in GLOBALS[key] if v != getattr(target, key)])})
+    yield "global", target.but(**{key: pick(rng, [v for v in GLOBALS[key] if v != getattr(target, key)])})
     background = draw_background(rng)
     if background != target.background:
         yield "background", replace(target, background=background)

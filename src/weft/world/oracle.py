@@ -128,7 +128,7 @@ def _alternatives(thing: Thing) -> Iterator[tuple[str, Thing]]:
     for name, values in ATTRIBUTES.items():
         for value in values:
             if value != getattr(thing, name):
-                yield value, replace(thing, **{name: value})
+                yield value, thing.but(**{name: value})
 
 
 def _identify(x: np.ndarray, scene: Scene, i: int, slack: int, free: bool) -> tuple[str | None, int, int]:
@@ -189,7 +189,7 @@ def _global(x: np.ndarray, scene: Scene) -> dict[str, str]:
     base = error(scene)
     for name, values in GLOBALS.items():
         for value in values:
-            if value != getattr(scene, name) and error(replace(scene, **{name: value})) < base:
+            if value != getattr(scene, name) and error(scene.but(**{name: value})) < base:
                 found[name] = value
     free = ~coverage(scene, scene.things, height, width, grow=7)
     base = error(scene, free)

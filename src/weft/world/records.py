@@ -25,6 +25,7 @@ from weft.world.render import RENDERER, render
 from weft.world.scene import Prior, Scene, draw_scene, pick
 
 SPLITS = ("train", "val", "test")
+WORD = r"[\w-]+|[,;:?]"
 MAX_WORDS = 38  # longer texts are said again, so that a short-context text encoder reads all of them
 SIDE = 64
 
@@ -61,7 +62,7 @@ class World(Sequence[Record]):
     """
 
     split: str = "train"
-    count: int = 1000
+    length: int = 1000
     seed: int = 0
     start: int = 0
     tasks: tuple[tuple[str, float], ...] = (("generate", 1.0), ("edit", 1.0))
@@ -73,7 +74,7 @@ class World(Sequence[Record]):
     size: tuple[int, int] = (SIDE, SIDE)
 
     def __len__(self) -> int:
-        return self.count
+        return self.length
 
     @overload
     def __getitem__(self, i: int) -> Record: ...
@@ -81,10 +82,10 @@ class World(Sequence[Record]):
     def __getitem__(self, i: slice) -> list[Record]: ...
     def __getitem__(self, i: int | slice) -> Record | list[Record]:
         if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(self.count))]
-        if not -self.count <= i < self.count:
+            return [self[k] for k in range(*i.indices(self.length))]
+        if not -self.length <= i < self.length:
             raise IndexError(i)
-        return self._make(self.start + (i if i >= 0 else i + self.count))
+        return self._make(self.start + (i if i >= 0 else i + self.length))
 
     def _make(self, index: int) -> Record:
         rng = numpy_rng(self.seed, f"world/{self.split}/{self.phrasing}/{self.combo}", index)
@@ -94,20 +95,17 @@ class World(Sequence[Record]):
         names, weights = zip(*kinds, strict=True)
         kind = pick(rng, names, np.array(weights) / sum(weights)) if task == "edit" else task
         unseen = self.phrasing == "unseen" or self.phrasing == "mixed" and rng.random() < 0.5
-        for _ in range(1000):
-            draft = self._draft(rng, task, kind, unseen)
-            if draft is not None:
-                break
-        else:
+        draft = next(filter(None, (self._draft(rng, task, kind, unseen) for _ in range(1000))), None)
+        if draft is None:
             raise WeftError(f"world: no {kind} record found for combo={self.combo!r}, phrasing={self.phrasing!r}")
-        source, target, plan, references, text, canonical = draft
+        source, target = draft.source, draft.target
         user: list[Part] = [] if source is None else [image_part(Picture(source, *self.size), "source")]
-        user += _weave(text, [Picture(r, *self.size) for r in references])
+        user += _weave(draft.text, [Picture(r, *self.size) for r in draft.references])
         world = {
             "source": source and source.to_json(),
             "target": target.to_json(),
-            "plan": plan,
-            "references": [r.to_json() for r in references],
+            "plan": draft.plan,
+            "references": [r.to_json() for r in draft.references],
             "size": list(self.size),
         }
         return Record(
@@ -116,7 +114,7 @@ class World(Sequence[Record]):
             turns=[Turn("user", user), Turn("assistant", [image_part(Picture(target, *self.size), None)])],
             meta={
                 "kind": kind,
-                "canonical": canonical,
+                "canonical": draft.canonical,
                 "phrasing": "unseen" if unseen else "seen",
                 "combo": "held_out" if target.held_out else "seen",
                 "size": list(self.size),
@@ -124,42 +122,40 @@ class World(Sequence[Record]):
             },
         )
 
-    def _draft(self, rng: np.random.Generator, task: str, kind: str, unseen: bool) -> Any:
+    def _draft(self, rng: np.random.Generator, task: str, kind: str, unseen: bool) -> _Draft | None:
         speaker = Speaker(rng, unseen)
         # A caption does not say which part of a photograph it means, so new pictures have none.
-        prior = self.prior if task in ("edit", "multi_edit") else replace(self.prior, photo=0.0)
-        source: Scene | None = draw_scene(rng, prior)
-        plan: list[Op] | None = []
-        references: list[Scene] = []
+        from_source = task in ("edit", "multi_edit")
+        scene = draw_scene(rng, self.prior if from_source else replace(self.prior, photo=0.0))
+        made: Any
         if task == "generate":
-            source, target = None, source
-            text, canonical = speaker.caption(target)
+            made = (scene, [], [], *speaker.caption(scene))
         elif task == "edit":
-            plan = propose(rng, source, kind)
-            if not plan:
-                return None
-            target = apply(source, plan)
-            text, canonical = speaker.edit(source, plan)
+            plan = propose(rng, scene, kind)
+            made = plan and (apply(scene, plan), plan, [], *speaker.edit(scene, plan))
         elif task == "multi_edit":
-            made = multi_edit(rng, speaker, source, pick(rng, self.references))
-            if made is None:
-                return None
-            target, plan, references, text, canonical = made
-        elif task == "multi_generate":
-            source, (target, plan, references, text, canonical) = (
-                None,
-                multi_generate(rng, speaker, source, pick(rng, self.references)),
-            )
+            made = multi_edit(rng, speaker, scene, pick(rng, self.references))
         else:
-            raise WeftError(f"world: unknown task {task!r}; known: generate, edit, multi_edit, multi_generate")
-        if split_of(source or target) != self.split or len(re.findall(r"[\w-]+|[,;:?]", text)) > MAX_WORDS:
+            made = multi_generate(rng, speaker, scene, pick(rng, self.references))
+        if not made:
             return None
-        scenes = [s for s in (source, target, *references) if s is not None]
-        if self.combo == "seen" and any(s.held_out for s in scenes):
+        draft = _Draft(scene if from_source else None, *made)
+        if split_of(draft.source or draft.target) != self.split or len(re.findall(WORD, draft.text)) > MAX_WORDS:
             return None
-        if self.combo == "held_out" and not target.held_out:
+        shown = [draft.target, *draft.references] + ([draft.source] if draft.source else [])
+        if self.combo == "seen" and any(s.held_out for s in shown):
             return None
-        return source, target, plan, references, text, canonical
+        return None if self.combo == "held_out" and not draft.target.held_out else draft
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    source: Scene | None
+    target: Scene
+    plan: list[Op]
+    references: list[Scene]
+    text: str
+    canonical: str
 
 
 def _weave(text: str, references: list[Picture]) -> list[Part]:
@@ -205,7 +201,7 @@ def records(
     height, width = (size, size) if isinstance(size, int) else size
     return World(
         split=split,
-        count=count,
+        length=count,
         seed=seed,
         start=start,
         tasks=_weights(tasks, known, "task"),

@@ -39,7 +39,7 @@ def solo(rng: Rng, thing: Thing) -> Scene:
 
 def _global_reference(rng: Rng, kind: str, value: str) -> Scene:
     scene = draw_scene(rng, count=pick(rng, (2, 3, 4)))
-    return replace(scene, **(DEFAULT | {kind: value}))
+    return scene.but(**(DEFAULT | {kind: value}))
 
 
 def multi_edit(rng: Rng, speaker: Speaker, scene: Scene, count: int) -> Any:
@@ -69,7 +69,7 @@ def multi_edit(rng: Rng, speaker: Speaker, scene: Scene, count: int) -> Any:
         else:
             name, values = LOCAL[kind]
             value = pick(rng, [v for v in values if v != getattr(thing, name)])
-            carrier = replace(draw_thing(rng, 4, jitter=False, size="large"), **{name: value})
+            carrier = draw_thing(rng, 4, jitter=False, size="large").but(**{name: value})
             references.append(solo(rng, carrier))
             plan.append({"op": kind, "cell": spot, "value": value, "ref": k})
     text, canonical = speaker.edit(scene, plan)
@@ -79,10 +79,10 @@ def multi_edit(rng: Rng, speaker: Speaker, scene: Scene, count: int) -> Any:
 def multi_generate(rng: Rng, speaker: Speaker, scene: Scene, count: int) -> Any:
     """A new picture from `count` references: (target, plan, references, text, canonical). The plan lists what each
     reference gives."""
-    scene = replace(scene, **DEFAULT)
+    scene = scene.but(**DEFAULT)
     if len(scene.things) < count - 1:
         scene = draw_scene(rng, count=min(4, max(count - 1, 2)))
-        scene = replace(scene, **DEFAULT)
+        scene = scene.but(**DEFAULT)
     plan: list[Op] = []
     references: list[Scene] = []
     names: dict[int, tuple[str, str]] = {}
@@ -92,7 +92,7 @@ def multi_generate(rng: Rng, speaker: Speaker, scene: Scene, count: int) -> Any:
         if k == count and last_is_global:
             kind = pick(rng, GLOBAL)
             value = pick(rng, [v for v in GLOBAL[kind] if v != DEFAULT[kind]])
-            scene = replace(scene, **{kind: value})
+            scene = scene.but(**{kind: value})
             references.append(_global_reference(rng, kind, value))
             plan.append({"op": kind, "value": value, "ref": k})
             continue
@@ -104,13 +104,13 @@ def multi_generate(rng: Rng, speaker: Speaker, scene: Scene, count: int) -> Any:
             plan.append({"op": "add", "cell": thing.cell, "ref": k, **look_of(thing)})
         else:
             name = LOCAL[kind][0]
-            carrier = replace(draw_thing(rng, 4, jitter=False, size="large"), **{name: getattr(thing, name)})
+            carrier = draw_thing(rng, 4, jitter=False, size="large").but(**{name: getattr(thing, name)})
             references.append(solo(rng, carrier))
             left = " ".join(getattr(thing, a) for a in ("size", "colour", "pattern", "shape") if a != name)
             left = left if name != "shape" else f"{left} thing"
             names[thing.cell] = (f"a {left} with the {name} of <{k}>", f"{canonical_without(thing, name)} {name} <{k}>")
             plan.append({"op": kind, "cell": thing.cell, "value": getattr(thing, name), "ref": k})
-    spoken = replace(scene, **DEFAULT)
+    spoken = scene.but(**DEFAULT)
     text, canonical = speaker.caption(spoken, names)
     for op in plan:
         if op["op"] in GLOBAL:

@@ -99,7 +99,7 @@ def _accent(pattern: str, size: str, unit: float, fx: float, fy: float) -> tuple
     return none, none
 
 
-def _mix(a: np.ndarray, b: np.ndarray, w: np.ndarray | float) -> np.ndarray:
+def _mix(a: np.ndarray, b: np.ndarray | np.floating[Any], w: np.ndarray | float) -> np.ndarray:
     return a + (b - a) * w
 
 

@@ -65,6 +65,10 @@ class Thing:
     def held_out(self) -> bool:
         return (self.shape, self.colour) in HELD_OUT_COLOURS or (self.shape, self.pattern) in HELD_OUT_PATTERNS
 
+    def but(self, **changes: Any) -> Thing:
+        """The same thing with some attributes changed."""
+        return replace(self, **changes)
+
     @property
     def look(self) -> tuple[str, str, str, str]:
         return self.shape, self.colour, self.pattern, self.size
@@ -79,6 +83,10 @@ class Scene:
     light: str = "even"
     style: str = "flat"
     tone: str = "neutral"
+
+    def but(self, **changes: Any) -> Scene:
+        """The same scene with some attributes changed."""
+        return replace(self, **changes)
 
     @property
     def held_out(self) -> bool:
@@ -179,7 +187,7 @@ def draw_scene(rng: np.random.Generator, prior: Prior = Prior(), count: int | No
     things = [draw_thing(rng, c) for c in cells]
     if n > 1 and rng.random() < 0.5:
         shared = pick(rng, ("shape", "colour"))
-        things[1] = replace(things[1], **{shared: getattr(things[0], shared)})
+        things[1] = things[1].but(**{shared: getattr(things[0], shared)})
     return Scene(
         things=tuple(things),
         background=draw_background(rng, prior),
