@@ -302,3 +302,59 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
         with pytest.raises(WeftError, match="No space left.*step-000006 is intact"):
             run(recipe(tmp_path, run={"steps": 12, "allow_changes": True}), say=quiet)
     assert run(recipe(tmp_path, run={"steps": 12, "allow_changes": True}), say=quiet).step == 12
+
+
+def test_two_processes_make_the_steps_of_one(tmp_path):
+    """torchrun with gloo: the same global batch, gradients summed; also a bad sample stops both, by its name."""
+    import yaml
+
+    plain = {"trainable": f"{ROOT}/tests/toy.py:Plain", "cache": {"ahead": True}}
+    run(recipe(tmp_path / "a", run={"accumulate": 2}, **plain), say=quiet)
+
+    def torchrun(name, **sections):
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(
+            yaml.safe_dump(recipe(tmp_path / name, run={"accumulate": 2, "threads": 1}, **plain, **sections))
+        )
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "weft.train", str(file)]
+        return subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=120)
+
+    done = torchrun("b")
+    assert done.returncode == 0, done.stderr
+    a, b = state(tmp_path / "a"), state(tmp_path / "b")
+    assert a[0] == b[0] == 12 and a[1].keys() == b[1].keys()
+    for key, value in a[1].items():
+        torch.testing.assert_close(value, b[1][key], rtol=2e-4, atol=1e-6)
+    logs = [[json.loads(x)["loss"] for x in (tmp_path / d / "log.jsonl").read_text().splitlines()] for d in "ab"]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+    done = torchrun("c", data=[{"source": source(bad=7), "batch_group": "edit"}])
+    assert done.returncode != 0 and "not finite, the weights are unchanged; samples edit-7" in done.stderr
+
+
+def test_accumulate_must_be_shared_out(monkeypatch):
+    from weft.train.parallel import Processes
+
+    alone = Processes()
+    assert list(alone.own(3)) == [0, 1, 2]
+    alone.rank, alone.size = 1, 2
+    assert list(alone.own(4)) == [2, 3]
+    with pytest.raises(WeftError, match="accumulate 3 cannot be shared by 2 processes"):
+        alone.own(3)
+
+
+def test_sigterm_while_encoding_keeps_what_is_encoded(tmp_path):
+    trainer = Trainer(read_recipe(recipe(tmp_path, cache={"ahead": True, "batch": 4})), {}, quiet)
+    examples = trainer.model.examples
+
+    def slow(records):
+        if trainer.model.encoded >= 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return examples(records)
+
+    trainer.model.examples = slow
+    with pytest.raises(Preempted):
+        trainer.run()
+    assert trainer.model.encoded == 12 and newest(tmp_path).name == "step-000000"
+    again = Trainer(read_recipe(recipe(tmp_path, cache={"ahead": True, "batch": 4})), {}, quiet)
+    again.run()
+    assert again.step == 12 and again.model.encoded == 28

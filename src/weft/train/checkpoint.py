@@ -22,6 +22,13 @@ from weft.errors import WeftError
 MANIFEST = "manifest.json"
 TEMPORARY = ".writing-"
 
+# what may change between a checkpoint and its continuation without changing what is computed
+FREE = {
+    "run.folder", "run.checkpoint_every", "run.keep", "run.log_every", "run.validate_every", "run.grid_every",
+    "run.evaluate_every", "run.threads", "run.device", "run.export", "run.allow_changes", "run.trackers", "run.compile",
+}  # fmt: skip
+FREE_SECTIONS = ("validate", "grid", "cache", "plan")
+
 
 @dataclass(slots=True)
 class Checkpoint:
@@ -85,7 +92,7 @@ def write_checkpoint(
             f"could not write checkpoint {final}: {error}; it needs {size / 1e6:.1f} MB and {free / 1e6:.1f} MB are "
             f"free. {f'{earlier} is intact' if earlier else 'there is no earlier one'}; make room and start again"
         ) from error
-    for old in sorted(p for p in folder.glob("step-*") if (p / MANIFEST).is_file())[:-keep]:
+    for old in sorted((p for p in folder.glob("step-*") if (p / MANIFEST).is_file()), key=step_of)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -110,9 +117,15 @@ def fault(path: Path) -> str | None:
     return None
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint folder's name; -1 if it is something else."""
+    digits = path.name.removeprefix("step-")
+    return int(digits) if digits.isdigit() else -1
+
+
 def newest(folder: Path, complain: Any = None) -> Path | None:
     """The newest complete and verified checkpoint under `folder`; `complain(line)` hears of every faulty one."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in sorted(folder.glob("step-*"), key=step_of, reverse=True):
         problem = fault(path)
         if problem is None:
             return path
@@ -132,3 +145,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
         with safe_open(file, framework="pt") as opened:
             tensors[file.stem] = {key: opened.get_tensor(key).clone() for key in opened.keys()}
     return Checkpoint(int(state["step"]), path, tensors, state)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Dotted keys whose values differ and matter, as `key: old -> new`."""
+    changes = []
+    for section in new:
+        if section in FREE_SECTIONS:
+            continue
+        a, b = old.get(section), new[section]
+        if not (isinstance(a, dict) and isinstance(b, dict)):
+            a, b = {"": a}, {"": b}
+        for key in b:
+            dotted = f"{section}.{key}" if key else section
+            if dotted not in FREE and a.get(key) != b[key]:
+                changes.append(f"{dotted}: {a.get(key)} -> {b[key]}")
+    return changes

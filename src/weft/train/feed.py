@@ -24,6 +24,7 @@ from weft.data.sampler import Batch, Sampler, Span
 from weft.errors import WeftError
 from weft.record import Record
 from weft.train.config import Recipe, SourceRecipe, StageRecipe, load_object, nearest
+from weft.train.parallel import Processes
 from weft.types import Example, Trainable
 
 Size = tuple[int, int]
@@ -149,11 +150,16 @@ def code_digest(dotted: str) -> str:
 
 @dataclass(slots=True)
 class Fed:
-    """The examples of one optimiser step with their record ids (unique within the step)."""
+    """This process's examples of one optimiser step with their record ids (unique within the step).
+
+    `count` samples make the whole step, `micro` of them one micro-batch.
+    """
 
     batch: Batch
     examples: list[Example]
     ids: list[str]
+    count: int
+    micro: int
 
 
 class Feed:
@@ -164,9 +170,10 @@ class Feed:
         recipe: Recipe,
         trainable: Trainable,
         trained: dict[str, nn.Module],
+        processes: Processes,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.recipe, self.trainable, self.say = recipe, trainable, say
+        self.recipe, self.trainable, self.processes, self.say = recipe, trainable, processes, say
         self.sources = [open_source(item.source) for item in recipe.data]
         self.stages = recipe.stages or [StageRecipe()]
         self.sizes = [stage_sizes(stage) for stage in self.stages]
@@ -174,10 +181,8 @@ class Feed:
         self.print = ""
         self._keys: dict[tuple[int, int, Size | None], tuple[str, str]] = {}  # (source, row, size) -> key, id
         if recipe.cache is not None:
-            folder = Path(recipe.cache.folder) if recipe.cache.folder else Path(recipe.run.folder) / "cache"
-            narrow = ("text", "pooled") if recipe.cache.text_dtype == "bf16" else ()
-            self.cache = ExampleCache(folder, shard=recipe.cache.shard, narrow=narrow)
-            self.print = fingerprint(trainable, trained, {**recipe.trainable_args, "narrow": narrow})
+            self.cache = self._open_cache()
+            self.print = fingerprint(trainable, trained, {**recipe.trainable_args, "narrow": self.cache.narrow})
         spans, start = [], 0
         for stage, sizes in zip(self.stages, self.sizes, strict=True):
             rows = (stage.batch_size or recipe.run.batch_size) * (stage.accumulate or recipe.run.accumulate)
@@ -191,9 +196,12 @@ class Feed:
             recipe.run.seed,
         )
 
-    def micro_batches(self, stage: int) -> int:
-        """Into how many micro-batches an optimiser step of this stage is cut."""
-        return self.stages[stage].accumulate or self.recipe.run.accumulate
+    def _open_cache(self) -> ExampleCache:
+        config = self.recipe.cache
+        assert config is not None
+        folder = Path(config.folder) if config.folder else Path(self.recipe.run.folder) / "cache"
+        narrow = ("text", "pooled") if config.text_dtype == "bf16" else ()
+        return ExampleCache(folder, shard=config.shard, narrow=narrow)
 
     def _buckets(self, sizes: list[Size] | None) -> dict[int, np.ndarray] | None:
         if sizes is None or len(sizes) == 1:
@@ -235,23 +243,26 @@ class Feed:
         return [e for i in range(0, len(sized), batch) for e in self._encode(sized[i : i + batch], largest)]
 
     def batch(self, step: int) -> Fed:
-        """Examples and ids of an optimiser step (from 0)."""
+        """This process's examples and ids of an optimiser step (from 0)."""
         batch = self.sampler.batch(step)
         sizes = self.sizes[batch.stage]
         size = None if sizes is None else sizes[batch.bucket or 0]
+        pieces = self.stages[batch.stage].accumulate or self.recipe.run.accumulate
+        micro, own = len(batch.rows) // pieces, self.processes.own(pieces)
+        rows = batch.rows[own.start * micro : own.stop * micro]
         if self.cache is None:
-            records = [self._sized(self.sources[s][row], size) for s, row in batch.rows]
+            records = [self._sized(self.sources[s][row], size) for s, row in rows]
             examples, ids = self._encode(records, size), [record.id for record in records]
         else:
-            found = self._lookup(batch.rows, size)
+            found = self._lookup(rows, size)
             ids = [name for _, name in found]
             examples = self.cache.get(key for key, _ in found)
-        seen: dict[str, int] = {}
-        for i, name in enumerate(ids):
-            seen[name] = seen.get(name, 0) + 1
-            if seen[name] > 1:  # the same record again: other noise, however the step is cut into micro-batches
-                ids[i] = f"{name}#{seen[name]}"
-        return Fed(batch, examples, ids)
+        before = batch.rows[: own.start * micro]
+        for i, row in enumerate(rows):
+            # the same record again: other noise, however the step is cut into micro-batches
+            again = before.count(row) + rows[:i].count(row)
+            ids[i] += f"#{again + 1}" if again else ""
+        return Fed(batch, examples, ids, len(batch.rows), micro)
 
     def _lookup(self, rows: Sequence[tuple[int, int]], size: Size | None) -> list[tuple[str, str]]:
         """Keys and ids of these rows, all of them in the cache afterwards.
@@ -274,8 +285,20 @@ class Feed:
                 self.cache.add(key, example)
         return [self._keys[s, row, size] for s, row in rows]
 
-    def ahead(self) -> None:
-        """Encode every record at every size that training will ask for, and remember the keys on disk."""
+    def ahead(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Encode every record at every size that training will ask for, and remember the keys on disk.
+
+        Returns False if `stop` said to leave; what was encoded until then is kept. The first process encodes.
+        """
+        if not self.processes.first:
+            self.processes.wait()
+            self.cache = self._open_cache()
+        done = self._ahead(stop)
+        if self.processes.first:
+            self.processes.wait()
+        return done
+
+    def _ahead(self, stop: Callable[[], bool]) -> bool:
         assert self.cache is not None and self.recipe.cache is not None
         chunk, started, spoke = self.recipe.cache.batch, time.monotonic(), time.monotonic()
         for span, sizes in zip(self.sampler.spans, self.sizes, strict=True):
@@ -293,6 +316,9 @@ class Feed:
                     if memory is not None and self._recall(memory, s, size, numbers):
                         continue
                     for i in range(0, len(numbers), chunk):
+                        if stop():
+                            self.cache.flush()
+                            return False
                         self._lookup([(s, n) for n in numbers[i : i + chunk]], size)
                         if time.monotonic() - spoke > 20:
                             spoke = time.monotonic()
@@ -304,6 +330,7 @@ class Feed:
                         temporary = memory.with_suffix(".tmp")
                         temporary.write_text(json.dumps(entries), encoding="utf-8")
                         temporary.replace(memory)
+        return True
 
     def _memory(self, config: SourceRecipe, size: Size | None) -> Path | None:
         """Where the keys of a generated source are remembered; files on disk may change, so theirs are not."""

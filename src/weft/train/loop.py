@@ -21,23 +21,17 @@ import yaml
 from weft.errors import WeftError
 from weft.models.adapt import Ema, save_lora
 from weft.rng import seed_of
-from weft.train.checkpoint import newest, read_checkpoint, write_checkpoint
+from weft.train.checkpoint import differences, newest, read_checkpoint, write_checkpoint
 from weft.train.config import Recipe, plain, read_recipe
 from weft.train.feed import Fed, Feed, open_source
 from weft.train.optim import Optimizers
+from weft.train.parallel import Processes
 from weft.train.setup import Buffers, choose_modules, make_trainable, pick_device, trained_parameters
 from weft.train.sft import Sft
 from weft.train.track import Tracker, open_trackers
 from weft.types import Draw, Example, Trainable
 
 Evaluator = Callable[[Trainable, int], dict[str, float]]
-
-# what may change between a checkpoint and its continuation without changing what is computed
-FREE = {
-    "run.folder", "run.checkpoint_every", "run.keep", "run.log_every", "run.validate_every", "run.grid_every",
-    "run.evaluate_every", "run.threads", "run.device", "run.export", "run.allow_changes", "run.trackers", "run.compile",
-}  # fmt: skip
-FREE_SECTIONS = ("validate", "grid", "cache", "plan")
 
 
 class Preempted(SystemExit):
@@ -78,13 +72,15 @@ class Trainer:
     """The state of a run. `Trainer(recipe).run()` is all there is to call."""
 
     def __init__(self, recipe: Recipe, evaluators: dict[str, Evaluator], say: Callable[[str], None] = print) -> None:
-        self.recipe, self.evaluators, self.say = recipe, evaluators, say
+        self.processes = Processes()
+        self.recipe, self.evaluators = recipe, evaluators
+        self.say = say if self.processes.first else lambda line: None
         settings = recipe.run
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.folder = Path(settings.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.device = pick_device(settings.device)
+        self.device = self.processes.device(pick_device(settings.device))
         self.model = make_trainable(recipe, self.device)
         self.trained = choose_modules(recipe, self.model)
         self.parameters = trained_parameters(self.trained)
@@ -93,7 +89,7 @@ class Trainer:
         self.optimizers = Optimizers(self.trained, recipe.optim, settings.steps)
         ema = settings.ema
         self.ema = Ema(self.parameters, ema.decay, warmup=ema.warmup) if ema is not None else None
-        self.feed = Feed(recipe, self.model, self.trained, say)
+        self.feed = Feed(recipe, self.model, self.trained, self.processes, self.say)
         self.step = 0
         self.saved: int | None = None
         self.stop: int | None = None  # the signal that asked to stop
@@ -106,8 +102,16 @@ class Trainer:
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def save(self) -> Path:
-        """Write a checkpoint of this step (LoRA: adapters only)."""
+    def save(self) -> None:
+        """Write a checkpoint of this step (LoRA: adapters only). All processes call it, the first one writes."""
+        if self.feed.cache is not None:
+            self.feed.cache.flush()  # what a continued run finds must be what this one would find
+        if self.processes.first:
+            self._write()
+        self.saved = self.step
+        self.processes.wait()
+
+    def _write(self) -> None:
         tensors: dict[str, dict[str, torch.Tensor]] = {
             "model": dict(self.parameters),
             "optimizer": self.optimizers.state(),
@@ -115,13 +119,11 @@ class Trainer:
         if self.ema is not None:
             tensors["ema"] = self.ema.shadow
         if buffers := self.buffers.changed():
+            if self.processes.size > 1:
+                raise WeftError(f"{next(iter(buffers))} changes while training: such a module trains on one process")
             tensors["buffers"] = buffers
-        if self.feed.cache is not None:
-            self.feed.cache.flush()  # what a continued run finds must be what this one would find
         state = {"recipe": plain(self.recipe), "torch": torch.__version__}
-        path = write_checkpoint(self.folder, self.step, tensors, state, self.recipe.run.keep)
-        self.saved = self.step
-        return path
+        write_checkpoint(self.folder, self.step, tensors, state, self.recipe.run.keep)
 
     def resume(self) -> None:
         """Continue from the newest complete checkpoint of the run folder, if there is one."""
@@ -161,8 +163,10 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One optimiser step. Raises WeftError on a non-finite loss or gradient, the weights still unchanged."""
         fed = self.feed.batch(self.step)
-        torch.manual_seed(seed_of(self.recipe.run.seed, "modules", self.step))  # dropout inside modules
+        # for dropout inside modules
+        torch.manual_seed(seed_of(self.recipe.run.seed, "modules", self.step, sample=self.processes.rank))
         total, metrics = self.backward(fed)
+        self.processes.sum_gradients(list(self.parameters.values()))
         norm = float(self.optimizers.clip(self.recipe.optim.clip))
         if not math.isfinite(norm):
             self.optimizers.zero()
@@ -176,32 +180,36 @@ class Trainer:
             self.ema.update(self.step)
         self.step += 1
         lr = self.optimizers.base[0] * factor
-        return {"loss": total, "group": fed.batch.group, "lr": lr, "grad_norm": norm, **metrics}
+        return {"loss": total, "group": fed.batch.group, "samples": fed.count, "lr": lr, "grad_norm": norm, **metrics}
 
     def backward(self, fed: Fed) -> tuple[float, dict[str, float]]:
-        """Gradients of the mean loss over the whole batch, micro-batch by micro-batch."""
-        count, pieces = len(fed.examples), self.feed.micro_batches(fed.batch.stage)
-        size = count // pieces
-        total = 0.0
-        metrics: dict[str, float] = {}
-        for start in range(0, count, size):
-            ids = fed.ids[start : start + size]
+        """Gradients of this process's part of the mean loss over the whole batch, micro-batch by micro-batch.
+
+        Returns the whole batch's loss. Raises WeftError in every process if one sample's loss is not finite.
+        """
+        total, metrics, bad = 0.0, dict[str, float](), list[str]()
+        for start in range(0, len(fed.examples), fed.micro):
+            ids = fed.ids[start : start + fed.micro]
+            draw = Draw(self.recipe.run.seed, self.step, ids)
             with self.autocast():
-                result = self.method.loss(
-                    fed.examples[start : start + size], Draw(self.recipe.run.seed, self.step, ids)
-                )
+                result = self.method.loss(fed.examples[start : start + fed.micro], draw)
             losses = result.per_sample
-            finite = torch.isfinite(losses)
-            if not bool(finite.all()):
-                self.optimizers.zero()
-                bad = [name for name, ok in zip(ids, finite.tolist(), strict=True) if not ok]
-                raise WeftError(
-                    f"step {self.step}: the loss is not finite, the weights are unchanged; samples {', '.join(bad)}"
-                )
-            (losses.sum() / count).backward()
-            total += float(losses.detach().sum()) / count
+            finite = torch.isfinite(losses).tolist()
+            total += float(losses.detach().sum()) / fed.count
+            if not all(finite):
+                bad += [name for name, ok in zip(ids, finite, strict=True) if not ok]
+                continue
+            (losses.sum() / fed.count).backward()
             for key, value in result.metrics.items():
-                metrics[key] = metrics.get(key, 0.0) + float(value) * len(ids) / count
+                metrics[key] = metrics.get(key, 0.0) + float(value) * len(ids) / len(fed.ids)
+        total, stop = self.processes.sum(total, float(self.stop or 0))
+        self.stop = self.stop or (int(signal.SIGTERM) if stop else None)
+        if not math.isfinite(total):
+            self.optimizers.zero()
+            bad = self.processes.gather(bad)
+            raise WeftError(
+                f"step {self.step}: the loss is not finite, the weights are unchanged; samples {', '.join(bad)}"
+            )
         return total, metrics
 
     # -- looking at it -------------------------------------------------------------------------------------------
@@ -266,9 +274,10 @@ class Trainer:
         """From the newest checkpoint (or step 0) to `run.steps`, then export."""
         settings = self.recipe.run
         self.resume()
-        recipe_file = self.folder / "recipe.yaml"
-        recipe_file.write_text(yaml.safe_dump(plain(self.recipe), sort_keys=False), encoding="utf-8")
-        self.trackers = open_trackers(settings.trackers, self.folder, self.step, plain(self.recipe))
+        if self.processes.first:
+            recipe_file = self.folder / "recipe.yaml"
+            recipe_file.write_text(yaml.safe_dump(plain(self.recipe), sort_keys=False), encoding="utf-8")
+            self.trackers = open_trackers(settings.trackers, self.folder, self.step, plain(self.recipe))
         count = sum(p.numel() for p in self.parameters.values())
         self.say(f"training {count:,} parameters of {', '.join(self.trained)} on {self.device}, step {self.step}")
         try:
@@ -278,14 +287,16 @@ class Trainer:
         finally:
             for tracker in self.trackers:
                 tracker.close()
-        export = self.export() if settings.export else None
+        export = self.export() if settings.export and self.processes.first else None
+        self.processes.wait()
         return RunResult(self.folder, self.step, export, self.last)
 
     def prepare_data(self) -> None:
         cache = self.recipe.cache
         if cache is None or not cache.ahead:
             return
-        self.feed.ahead()
+        if not self.feed.ahead(lambda: self.stop is not None):
+            return
         if cache.drop_encoders:
             if self.recipe.run.validate_every:
                 self.validate()  # encodes the held-out examples while there is an encoder
@@ -300,9 +311,11 @@ class Trainer:
         started, since, samples = time.perf_counter(), self.step, 0
         sums: dict[str, list[float]] = {}
         while self.step < settings.steps:
+            if self.stop is not None:
+                self.halt()
             values = self.train_step()
             group = values.pop("group")
-            samples += len(self.feed.sampler.batch(self.step - 1).rows)
+            samples += values.pop("samples")
             for key in (f"loss/{group}", "loss"):
                 sums.setdefault(key, []).append(values["loss"])
             last = self.step == settings.steps
@@ -317,15 +330,21 @@ class Trainer:
                 )
                 started, since, samples, sums = time.perf_counter(), self.step, 0, {}
             looked = time.perf_counter()
-            self.look(last)
+            if self.processes.first:
+                self.look(last)
             if self.step % settings.checkpoint_every == 0 or last:
                 self.save()
             started += time.perf_counter() - looked  # rates are of training alone
-            if self.stop is not None:
-                if self.saved != self.step:
-                    self.save()
-                self.say(f"stopped by signal {self.stop} at step {self.step}, state saved")
-                raise Preempted(128 + self.stop)
+        if self.stop is not None:
+            self.halt()
+
+    def halt(self) -> None:
+        """Save and leave, because a signal asked for it."""
+        if self.saved != self.step:
+            self.save()
+        assert self.stop is not None
+        self.say(f"stopped by signal {self.stop} at step {self.step}, state saved")
+        raise Preempted(128 + self.stop)
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -368,19 +387,3 @@ class Trainer:
         os.replace(temporary, final)
         self.say(f"exported {final}")
         return final
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Dotted keys whose values differ and matter, as `key: old -> new`."""
-    changes = []
-    for section in new:
-        if section in FREE_SECTIONS:
-            continue
-        a, b = old.get(section), new[section]
-        if not (isinstance(a, dict) and isinstance(b, dict)):
-            a, b = {"": a}, {"": b}
-        for key in b:
-            dotted = f"{section}.{key}" if key else section
-            if dotted not in FREE and a.get(key) != b[key]:
-                changes.append(f"{dotted}: {a.get(key)} -> {b[key]}")
-    return changes
