@@ -182,7 +182,7 @@ class UniPic2Kontext:
                 x = (pixels.to(self.device).float() / 255 * 2 - 1).to(self.vae.dtype)
                 with torch.autocast(self.device.type, enabled=False):
                     z = self.vae.encode(x).latent_dist.mode()
-                z = (z.float() - vae.shift_factor) * vae.scaling_factor
+                z = (z.float() - (vae.shift_factor or 0.0)) * vae.scaling_factor
                 out |= dict(zip(some, z, strict=True))
         return [out[i] for i in range(len(images))]
 
@@ -296,7 +296,7 @@ class UniPic2Kontext:
         for (height, width), group in groups.items():
             for some in _portions(group, (height, width)):
                 z = latents[some, :, : height // self.downsample, : width // self.downsample].to(self.device).float()
-                z = z / self.vae.config.scaling_factor + self.vae.config.shift_factor
+                z = z / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
                 with torch.autocast(self.device.type, enabled=False):
                     x = self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0]
                 pixels = (x.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
