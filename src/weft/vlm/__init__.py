@@ -1,0 +1,1 @@
+"""Asking a multimodal language model: its inputs, in process or over a server."""
