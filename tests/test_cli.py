@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,12 +84,13 @@ def test_every_command_explains_itself_without_torch(name: str) -> None:
 
 
 def test_help_is_instant() -> None:
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "weft", "edit", "--help"], capture_output=True, check=True)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1.0
+    """In processor time, so that a busy machine does not fail it."""
+    code = (
+        "import atexit, time; atexit.register(lambda: print('SECONDS', time.process_time())); "
+        "from weft.cli.main import main; main(['edit', '--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout.split()[-1]) < 1.0
 
 
 # ---------------------------------------------------------------- mistakes

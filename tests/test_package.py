@@ -181,15 +181,17 @@ def test_the_environment_is_the_tested_one() -> None:
 
 
 def test_import_is_fast_and_lazy() -> None:
+    """In processor time, so that a busy machine does not fail it."""
     code = (
-        "import sys, time; start = time.perf_counter(); import weft; "
+        "import sys, time; start = time.process_time(); import weft; "
         "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'PIL', 'tyro'} & set(sys.modules); "
-        "print(time.perf_counter() - start, *heavy)"
+        "print(time.process_time() - start, *heavy)"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
-    words = [run.stdout.split() for run in runs]
-    assert min(float(run[0]) for run in words) < 0.5
-    assert not words[0][1:], "import weft must import nothing heavy"
+    seconds, *heavy = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert float(seconds) < 0.5
+    assert not heavy, "import weft must import nothing heavy"
 
 
 def test_public_names_resolve() -> None:
