@@ -198,6 +198,7 @@ def test_public_names_resolve() -> None:
     for name in weft.__all__:
         assert getattr(weft, name) is not None
     assert set(weft.__all__) <= set(dir(weft))
+    assert callable(weft.train), "weft.train(recipe) is a call, weft.train.run lives in the room"
     with pytest.raises(AttributeError, match="no attribute 'lood'"):
         weft.lood  # noqa: B018
 
