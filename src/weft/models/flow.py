@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from PIL import Image as Pillow
 from torch import Tensor
 
 from weft import rng
@@ -25,10 +26,20 @@ Size = tuple[int, int]  # (height, width) in pixels
 
 
 class FlowFamily(FlowModel, Protocol):
-    """A flow model whose pictures are sized by its family's rule: longer edge `resolution`, rounded to `factor`."""
+    """A flow model that says how its family sizes pictures and reads texts (`weft.models.image.base.ImageFlow`)."""
 
     resolution: int
-    factor: int
+    resample: Any
+
+    def own_size(self, size: Size) -> Size: ...
+
+    def output_size(self, inputs: Sequence[Size], aligned: Size | None) -> Size: ...
+
+    def input_sizes(self, inputs: Sequence[Size], source: bool, output: Size) -> list[Size]: ...
+
+    def states(self, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> list[dict[str, Tensor]]: ...
+
+    def facts(self, record: Record) -> dict[str, Tensor]: ...
 
 
 def check_size(size: Size, multiple: int) -> Size:
@@ -65,69 +76,69 @@ def fit_longer_edge(size: Size, longer: int, factor: int = 32) -> Size:
     return (shorter, longer) if width >= height else (longer, shorter)
 
 
-def cover(image: Image.Image, size: Size) -> Image.Image:
-    """The picture scaled (bicubic) until it covers `size`, and cropped around its centre if the aspect differs."""
+def cover(image: Image.Image, size: Size, resample: Any = Pillow.Resampling.BICUBIC) -> Image.Image:
+    """The picture scaled until it covers `size`, and cropped around its centre if the aspect differs."""
     height, width = size
     if image.size == (width, height):
         return image
     scale = max(width / image.width, height / image.height)
     w, h = width / scale, height / scale
     left, top = (image.width - w) / 2, (image.height - h) / 2
-    from PIL import Image as Pillow
-
-    return image.resize((width, height), Pillow.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+    return image.resize((width, height), resample, box=(left, top, left + w, top + h))
 
 
-def stretch(image: Image.Image, size: Size) -> Image.Image:
-    """The picture resized (bicubic) to `size`, as the release does."""
-    from PIL import Image as Pillow
-
+def stretch(image: Image.Image, size: Size, resample: Any = Pillow.Resampling.BICUBIC) -> Image.Image:
+    """The picture resized to `size`, as the releases do."""
     height, width = size
-    return image if image.size == (width, height) else image.resize((width, height), Pillow.Resampling.BICUBIC)
+    return image if image.size == (width, height) else image.resize((width, height), resample)
 
 
-def pictures(model: FlowFamily, record: Record, *, target: bool = False) -> tuple[Size, list[Image.Image]]:
-    """Output size and input pictures (source first; with `target`, the target last) at the sizes they are encoded at.
+@dataclass(frozen=True)
+class Pictures:
+    """A record's pictures: the output's size, the inputs (source first) as they come and as they are encoded."""
+
+    size: Size
+    raw: list[Image.Image]
+    inputs: list[Image.Image]
+    target: Image.Image | None
+
+
+def pictures(model: FlowFamily, record: Record, *, target: bool = False) -> Pictures:
+    """Output size and input pictures (with `target` also the target) at the sizes that they are encoded at.
 
     The output's size is `record.meta["size"]` ([height, width]) if given: then source and target cover it exactly,
     centre-cropped. Otherwise the family's rule sizes the source, or the target if there is no source; a pure
-    generation is square. References always keep their own aspect: longer edge = `model.resolution`.
+    generation is square. References always keep their own aspect, sized by the family's rule.
     """
     goal = record.target if target else None
     if target and goal is None:
         raise WeftError(f"record {record.id!r} has no target picture to learn from; add an assistant turn with one")
-    source = record.source
-    loaded = {id(part): record.load(part) for part in (*record.inputs, goal) if part is not None}
-    if record.meta.get("size") is not None:
+    raw = [record.load(part) for part in record.inputs]
+    answer = None if goal is None else record.load(goal)
+    shapes = [(image.height, image.width) for image in raw]
+    explicit, source = record.meta.get("size") is not None, record.source is not None
+    if explicit:
         size = check_size(tuple(record.meta["size"]), model.multiple)
     else:
-        aligned = source or goal
-        size = (model.resolution, model.resolution)
-        if aligned is not None:
-            image = loaded[id(aligned)]
-            size = fit_longer_edge((image.height, image.width), model.resolution, model.factor)
-    place = stretch if record.meta.get("size") is None else cover
-    images = []
-    for part in record.inputs:
-        image = loaded[id(part)]
-        if part is source:
-            images.append(place(image, size))
-        else:
-            own = fit_longer_edge((image.height, image.width), model.resolution, model.factor)
-            images.append(stretch(image, own))
-    if goal is not None:
-        images.append(place(loaded[id(goal)], size))
-    return size, images
+        aligned = shapes[0] if source else None if answer is None else (answer.height, answer.width)
+        size = model.output_size(shapes, aligned)
+    place = cover if explicit else stretch
+    sizes = model.input_sizes(shapes, source, size)
+    inputs = [
+        place(image, own, model.resample) if source and k == 0 else stretch(image, own, model.resample)
+        for k, (image, own) in enumerate(zip(raw, sizes, strict=True))
+    ]
+    return Pictures(size, raw, inputs, None if answer is None else place(answer, size, model.resample))
 
 
 def encode_records(model: FlowFamily, records: Sequence[Record], negative: str | None = None) -> list[Condition]:
     """Conditions of records: all texts in one pass, all pictures in one pass. With `negative`, its text for all."""
     sized = [pictures(model, record) for record in records]
-    latents = iter(model.encode_images([image for _, images in sized for image in images]))
+    latents = iter(model.encode_images([image for p in sized for image in p.inputs]))
     texts = [_text(record) if negative is None else negative for record in records]
     return [
-        Condition(record.id, size, tensors, [next(latents) for _ in images])
-        for record, (size, images), tensors in zip(records, sized, model.encode_text(texts), strict=True)
+        Condition(record.id, p.size, tensors | model.facts(record), [next(latents) for _ in p.inputs])
+        for record, p, tensors in zip(records, sized, model.states(texts, [p.raw for p in sized]), strict=True)
     ]
 
 
@@ -141,13 +152,12 @@ def _text(record: Record) -> str:
 def encode_examples(model: FlowFamily, records: Sequence[Record]) -> list[Example]:
     """Training examples of records, on the CPU: `target`, `reference.K` (fp32 latents), `text` ..., `task` (bytes)."""
     sized = [pictures(model, record, target=True) for record in records]
-    latents = iter(model.encode_images([image for _, images in sized for image in images]))
+    latents = iter(model.encode_images([image for p in sized for image in (*p.inputs, p.target) if image is not None]))
+    texts = [_text(record) for record in records]
     examples = []
-    for record, (size, images), tensors in zip(
-        records, sized, model.encode_text([_text(record) for record in records]), strict=True
-    ):
-        *references, target = [next(latents) for _ in images]
-        condition = Condition(record.id, size, tensors, references)
+    for record, p, tensors in zip(records, sized, model.states(texts, [p.raw for p in sized]), strict=True):
+        *references, target = [next(latents) for _ in (*p.inputs, p.target)]
+        condition = Condition(record.id, p.size, tensors | model.facts(record), references)
         examples.append(example_of(condition, target, record.task))
     return examples
 
@@ -201,8 +211,13 @@ class FlowLossConfig:
 TIMESTEPS = ("uniform_shifted", "logit_normal", "mode")
 
 
-def sigmas_of(config: FlowLossConfig, shift: float, u: Tensor) -> Tensor:
-    """Training sigmas [B] at the uniform numbers u [B]; `shift` is the model's, used where the config names none."""
+def sigmas_of(config: FlowLossConfig, shift: float | Sequence[float], u: Tensor) -> Tensor:
+    """Training sigmas [B] at the uniform numbers u [B].
+
+    `shift` is the model's, one or [B], used where the config names none.
+    """
+    if not isinstance(shift, (int, float)):
+        return torch.cat([sigmas_of(config, own, u[i : i + 1]) for i, own in enumerate(shift)])
     if config.timestep == "logit_normal":
         return schedules.logit_normal(len(u), mean=config.mean, std=config.std, u=u)
     if config.timestep == "mode":
@@ -215,8 +230,7 @@ class LossModel(Protocol):
 
     downsample: int
 
-    @property
-    def shift(self) -> float: ...
+    def shift_of(self, size: Size) -> float: ...
 
     def prepare(self, conditions: Sequence[Condition]) -> dict: ...
 
@@ -255,7 +269,8 @@ def flow_matching_loss(
         conditions.append(condition)
         noises.append(rng.normal(tuple(example["target"].shape), draw.seed, "noise", *where))
     if sigma is None:
-        times = sigmas_of(config, model.shift, torch.tensor(uniform, dtype=torch.float64))
+        shifts = [model.shift_of(c.size) for c in conditions]
+        times = sigmas_of(config, shifts, torch.tensor(uniform, dtype=torch.float64))
     else:
         times = torch.as_tensor(sigma, dtype=torch.float32)
     batch = model.prepare(conditions)

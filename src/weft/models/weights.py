@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -145,8 +146,17 @@ def _line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:300]
 
 
-def save_folder(parts: dict[str, Any], folder: Path, dtype: torch.dtype | None = None) -> Path:
+def save_folder(
+    parts: dict[str, Any],
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    pipeline: str = "StableDiffusion3Pipeline",
+    optional: Sequence[str] = (*SD3_OPTIONAL, "image_encoder", "feature_extractor"),
+) -> Path:
     """Write `parts` as a diffusers folder with `model_index.json`; floating-point weights as `dtype` if given.
+
+    The index declares the class `pipeline` and names the `optional` parts even where they are missing.
 
     Everything is written beside `folder` first and moved when complete, so a full disk loses nothing.
     """
@@ -162,8 +172,8 @@ def save_folder(parts: dict[str, Any], folder: Path, dtype: torch.dtype | None =
                 raise WeftError(f"{name} is offloaded; load the model with offload='none' to save it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
-    index: dict[str, Any] = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": __version__}
-    for name in (*SD3_OPTIONAL, "image_encoder", "feature_extractor"):
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": __version__}
+    for name in optional:
         index[name] = [None, None]
     try:
         for name, part in parts.items():

@@ -123,6 +123,12 @@ def dynamic_mu(tokens: int, config: Mapping[str, Any] | None = None) -> float:
     return tokens * slope + (c["base_shift"] - slope * c["base_image_seq_len"])
 
 
+def dynamic_shift(tokens: int, config: Mapping[str, Any] | None = None) -> float:
+    """The factor of the shift map (`shift_sigma`) that dynamic shifting amounts to for an image of `tokens` tokens."""
+    mu = dynamic_mu(tokens, config)
+    return math.exp(mu) if (config or {}).get("time_shift_type", "exponential") == "exponential" else mu
+
+
 def linear_sigmas(steps: int) -> list[float]:
     """1, ..., 1/steps: the unshifted sigmas that the FLUX and Qwen-Image pipelines hand to their scheduler."""
     return np.linspace(1.0, 1 / steps, steps).tolist()

@@ -131,9 +131,12 @@ def window(rows: int, columns: int, table: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 def make_layout(
-    targets: tuple[Grid, ...], references: tuple[tuple[Grid, ...], ...], table: int, text_length: int
+    targets: tuple[Grid, ...], references: tuple[tuple[Grid, ...], ...], table: int | None, text_length: int
 ) -> Layout:
-    """The layout (on the CPU) of a batch whose samples have these grids of patches."""
+    """The layout (on the CPU) of a batch whose samples have these grids of patches.
+
+    `table` is the edge of the position table, None for models with rotary positions, whose `position` stays zero.
+    """
     height, width = max(h for h, _ in targets), max(w for _, w in targets)
     cells, batch = height * width, len(targets)
     counts = [h * w + sum(a * b for a, b in refs) for (h, w), refs in zip(targets, references, strict=True)]
@@ -145,7 +148,8 @@ def make_layout(
         back[i, own] = torch.arange(h * w)
         source[i, : h * w] = own
         source[i, h * w : counts[i]] = torch.arange(cells, cells + counts[i] - h * w)
-        position[i, : counts[i]] = torch.cat([window(a, b, table) for a, b in ((h, w), *refs)])
+        if table is not None:
+            position[i, : counts[i]] = torch.cat([window(a, b, table) for a, b in ((h, w), *refs)])
     valid = torch.arange(length) < torch.tensor(counts)[:, None]
     joint = torch.cat([valid, torch.ones(batch, text_length, dtype=torch.bool)], dim=1)
     full = all(grid == targets[0] for grid in targets)
