@@ -117,6 +117,16 @@ def test_cached_and_online_training_are_the_same(tmp_path):
     assert_same(state(tmp_path / "a"), state(tmp_path / "c"))
 
 
+def test_batches_made_ahead_are_the_same(tmp_path):
+    run(recipe(tmp_path / "a"), say=quiet)
+    heard: list[str] = []
+    run(recipe(tmp_path / "b", run={"prefetch": True, "steps": 12}), say=heard.append)
+    assert_same(state(tmp_path / "a"), state(tmp_path / "b"))
+    with pytest.raises(WeftError, match="not finite.*edit-7"):
+        bad = [{"source": source(bad=7), "batch_group": "edit"}]
+        run(recipe(tmp_path / "c", run={"prefetch": True}, data=bad), say=quiet)
+
+
 def test_the_cache_encodes_each_record_once(tmp_path):
     def encoded(**cache):
         trainer = Trainer(read_recipe(recipe(tmp_path, cache=cache)), {}, quiet)

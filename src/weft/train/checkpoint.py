@@ -26,6 +26,7 @@ TEMPORARY = ".writing-"
 FREE = {
     "run.folder", "run.checkpoint_every", "run.keep", "run.log_every", "run.validate_every", "run.grid_every",
     "run.evaluate_every", "run.threads", "run.device", "run.export", "run.allow_changes", "run.trackers", "run.compile",
+    "run.prefetch",
 }  # fmt: skip
 FREE_SECTIONS = ("validate", "grid", "cache", "plan")
 

@@ -142,6 +142,7 @@ class RunRecipe:
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
     threads: int | None = None
+    prefetch: bool = False  # make the next batch in a thread while this one trains (without a cache)
     compile: bool = False
     export: bool = True
     allow_changes: bool = False  # resume although the recipe is not the checkpoint's

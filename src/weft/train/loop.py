@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,8 @@ class Trainer:
         self.trackers: list[Tracker] = []
         self.last: dict[str, Any] = {}
         self.fixed: tuple[list[Example], list[str]] | None = None
+        self.worker = ThreadPoolExecutor(1)
+        self.ahead: tuple[int, Future[Fed] | None] = (-1, None)
         if settings.compile:
             for module in self.trained.values():
                 module.compile()
@@ -162,7 +165,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One optimiser step. Raises WeftError on a non-finite loss or gradient, the weights still unchanged."""
-        fed = self.feed.batch(self.step)
+        fed = self.next_batch()
         # for dropout inside modules
         torch.manual_seed(seed_of(self.recipe.run.seed, "modules", self.step, sample=self.processes.rank))
         total, metrics = self.backward(fed)
@@ -181,6 +184,17 @@ class Trainer:
         self.step += 1
         lr = self.optimizers.base[0] * factor
         return {"loss": total, "group": fed.batch.group, "samples": fed.count, "lr": lr, "grad_norm": norm, **metrics}
+
+    def next_batch(self) -> Fed:
+        """This step's batch; with `run.prefetch` the next one is begun in a thread (it depends on the step alone)."""
+        if not self.recipe.run.prefetch or self.feed.cache is not None:
+            return self.feed.batch(self.step)
+        step, future = self.ahead
+        fed = future.result() if future is not None and step == self.step else self.feed.batch(self.step)
+        self.ahead = (self.step + 1, None)
+        if self.step + 1 < self.recipe.run.steps:
+            self.ahead = (self.step + 1, self.worker.submit(self.feed.batch, self.step + 1))
+        return fed
 
     def backward(self, fed: Fed) -> tuple[float, dict[str, float]]:
         """Gradients of this process's part of the mean loss over the whole batch, micro-batch by micro-batch.
@@ -245,6 +259,9 @@ class Trainer:
         def due(every: int) -> bool:
             return every > 0 and (self.step % every == 0 or last)
 
+        if self.ahead[1] is not None and any(map(due, (settings.validate_every, settings.grid_every))):
+            wait([self.ahead[1]])  # it uses the encoders, and so do these
+
         values: dict[str, Any] = {}
         if due(settings.validate_every):
             values |= self.validate()
@@ -285,6 +302,7 @@ class Trainer:
                 self.prepare_data()
                 self.loop()
         finally:
+            self.worker.shutdown(cancel_futures=True)
             for tracker in self.trackers:
                 tracker.close()
         export = self.export() if settings.export and self.processes.first else None
