@@ -14,8 +14,8 @@ from PIL import Image
 
 from weft.world.scene import BACKGROUNDS, COLOURS, Scene, Thing
 
-RADIUS = {"small": 7.0, "medium": 10.0, "large": 13.5}
-RENDERER = 1  # part of every picture's digest: raise it when the drawing changes
+RADIUS = {"small": 7.5, "medium": 10.5, "large": 13.5}
+RENDERER = 2  # part of every picture's digest: raise it when the drawing changes
 TOWARDS = {"even": (0, 0), "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 GAIN = {"neutral": (1, 1, 1), "warm": (1.1, 0.96, 0.66), "cold": (0.7, 0.93, 1.12), "dim": (0.55, 0.55, 0.55)}
 INK = np.array((20, 20, 25), np.float32)
@@ -40,7 +40,7 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if shape == "circle":
         return r - 0.92
     if shape == "ring":
-        return np.abs(r - 0.66) - 0.31
+        return np.abs(r - 0.71) - 0.26
     if shape == "moon":
         return np.maximum(r - 1.0, 0.75 - np.hypot(x - 0.55, y + 0.12))
     if shape == "square":
@@ -82,15 +82,16 @@ def _accent(pattern: str, size: str, unit: float, fx: float, fy: float) -> tuple
     soft = lambda d: np.clip(0.5 - d * unit, 0, 1)  # noqa: E731  coverage of a signed distance in units
     none = np.zeros_like(x)
     if pattern == "striped":
-        return soft(np.abs((y + 3.0) % 6.0 - 3.0) - 1.5), none
+        gap = 0.6 * r
+        return soft(np.abs((y + gap / 2) % gap - gap / 2) - gap / 4), none
     if pattern == "checkered":
-        cell = 4.5 if size == "small" else 5.5
+        cell = 0.52 * r
         a, b = np.sin(np.pi * x / cell), np.sin(np.pi * y / cell)
         return soft(-np.sign(a * b) * np.minimum(np.abs(a), np.abs(b)) * cell / np.pi), none
     if pattern == "dotted":
-        gap = 5.0 if size == "small" else 6.5
+        gap = 0.85 * r if size == "small" else 0.7 * r
         dx, dy = x % gap - gap / 2, y % gap - gap / 2
-        return none, soft(np.hypot(dx, dy) - 1.75)
+        return none, soft(np.hypot(dx, dy) - 0.34 * gap)
     if pattern == "split":
         return none, soft(-(x + y) * 0.7071)
     if pattern == "glossy":

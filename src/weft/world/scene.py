@@ -25,7 +25,7 @@ COLOURS = {
     "blue": (45, 80, 220),
     "purple": (135, 50, 180),
     "pink": (245, 120, 180),
-    "brown": (125, 75, 35),
+    "brown": (150, 95, 50),
     "black": (30, 30, 35),
 }
 PATTERNS = ("solid", "striped", "checkered", "dotted", "split", "glossy")
