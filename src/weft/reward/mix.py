@@ -115,7 +115,7 @@ class Mixture:
             total = np.zeros(len(scores))
             for name, weight in active.items():
                 total = total + weight * parts[name]
-        missing = {int(i): scores[i].reason or "" for i in np.flatnonzero(np.isnan(total))}
+        missing = {i: scores[i].reason or "" for i in np.flatnonzero(np.isnan(total)).tolist()}
         return Mixed(total, parts, missing)
 
     def advantages(self, mixed: Mixed, keys: Sequence[str], step: int, config: AdvantageConfig) -> np.ndarray:

@@ -27,6 +27,7 @@ FREE = {
     "run.folder", "run.checkpoint_every", "run.keep", "run.log_every", "run.validate_every", "run.grid_every",
     "run.evaluate_every", "run.threads", "run.device", "run.export", "run.allow_changes", "run.trackers", "run.compile",
     "run.prefetch",
+    "rollout.workers", "rollout.patience", "reward.alarm",
 }  # fmt: skip
 FREE_SECTIONS = ("validate", "grid", "cache", "plan")
 
@@ -149,16 +150,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Dotted keys whose values differ and matter, as `key: old -> new`."""
-    changes = []
+    """Dotted keys whose values differ and matter, as `key: old -> new`. An option that the checkpoint's version of weft
+    did not know, and that is off (0, null, false, empty), is no difference."""
+    changes: list[str] = []
     for section in new:
-        if section in FREE_SECTIONS:
-            continue
-        a, b = old.get(section), new[section]
-        if not (isinstance(a, dict) and isinstance(b, dict)):
-            a, b = {"": a}, {"": b}
-        for key in b:
-            dotted = f"{section}.{key}" if key else section
-            if dotted not in FREE and a.get(key) != b[key]:
-                changes.append(f"{dotted}: {a.get(key)} -> {b[key]}")
+        if section not in FREE_SECTIONS:
+            changes += _changes(section, old.get(section), new[section])
     return changes
+
+
+def _changes(dotted: str, a: Any, b: Any) -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [line for key in b if key in a or b[key] for line in _changes(f"{dotted}.{key}", a.get(key), b[key])]
+    return [f"{dotted}: {a} -> {b}"] if dotted not in FREE and a != b else []

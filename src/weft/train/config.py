@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from weft.errors import WeftError
+from weft.train.geometry import RewardRecipe, RolloutRecipe
 
 T = TypeVar("T")
 Size = int | list[int]
@@ -106,10 +107,12 @@ class OptimRecipe:
 
 @dataclass(slots=True)
 class EmaRecipe:
-    """Exponential moving average of the trained weights; with `warmup` decay(n) = min(decay, (1 + n) / (10 + n))."""
+    """Exponential moving average of the trained weights; with `warmup` decay(n) = min(decay, (1 + n) / (10 + n)),
+    n counting the updates before this one from `start` (DiffusionNFT: 1)."""
 
     decay: float = 0.999
     warmup: bool = True
+    start: int = 0
 
 
 @dataclass(slots=True)
@@ -168,9 +171,10 @@ class GridRecipe:
 
 @dataclass(slots=True)
 class MethodRecipe:
-    """The method's name; its `options` are checked by the method (for sft: those of the flow-matching loss)."""
+    """The method: sft, nft, grpo, or a dotted path to your own (see `weft.train.method`). Its `options` are checked by
+    the method (for sft: those of the flow-matching loss)."""
 
-    name: Literal["sft"] = "sft"
+    name: str = "sft"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -188,6 +192,8 @@ class Recipe:
     trainable: str | None = None
     trainable_args: dict[str, Any] = field(default_factory=dict)
     method: MethodRecipe = field(default_factory=MethodRecipe)
+    rollout: RolloutRecipe | None = None  # of methods that sample (nft, grpo), with their reward
+    reward: RewardRecipe | None = None
     data: list[DataRecipe] = field(default_factory=list)
     cache: CacheRecipe | None = None
     stages: list[StageRecipe] = field(default_factory=list)

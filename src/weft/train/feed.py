@@ -10,8 +10,9 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ import torch
 from torch import nn
 
 from weft.data.cache import ExampleCache, example_key
-from weft.data.sampler import Batch, Sampler, Span
+from weft.data.sampler import Sampler, Span
 from weft.errors import WeftError
 from weft.record import Record
 from weft.train.config import Recipe, SourceRecipe, StageRecipe, load_object, nearest
 from weft.train.parallel import Processes
-from weft.types import Example, Trainable
+from weft.types import Condition, Example, Trainable
 
 Size = tuple[int, int]
 
@@ -152,14 +153,26 @@ def code_digest(dotted: str) -> str:
 class Fed:
     """This process's examples of one optimiser step with their record ids (unique within the step).
 
-    `count` samples make the whole step, `micro` of them one micro-batch.
+    `count` examples make the whole step over all processes, `micro` of them one micro-batch; `pieces` are the lengths
+    of the micro-batches where they differ. `group` and `metrics` are for the log.
     """
 
-    batch: Batch
-    examples: list[Example]
+    group: str
+    examples: list[Any]
     ids: list[str]
     count: int
     micro: int
+    pieces: list[int] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def cut(self) -> Iterator[tuple[list[Any], list[str]]]:
+        """The micro-batches and their ids."""
+        starts = range(0, len(self.examples), self.micro)
+        lengths = self.pieces if self.pieces is not None else [self.micro] * len(starts)
+        start = 0
+        for length in lengths:
+            yield self.examples[start : start + length], self.ids[start : start + length]
+            start += length
 
 
 class Feed:
@@ -186,6 +199,8 @@ class Feed:
         spans, start = [], 0
         for stage, sizes in zip(self.stages, self.sizes, strict=True):
             rows = (stage.batch_size or recipe.run.batch_size) * (stage.accumulate or recipe.run.accumulate)
+            if recipe.rollout is not None:
+                rows = recipe.rollout.groups  # and the sampler counts epochs
             spans.append(Span(start, rows, self._buckets(sizes)))
             start = stage.until_step if stage.until_step is not None else recipe.run.steps
         self.sampler = Sampler(
@@ -217,13 +232,18 @@ class Feed:
         return record if size is None else dataclasses.replace(record, meta={**record.meta, "size": list(size)})
 
     def _encode(self, records: Sequence[Record], size: Size | None) -> list[Example]:
+        with self._resolution(size), torch.no_grad():
+            return self.trainable.examples(records)
+
+    @contextmanager
+    def _resolution(self, size: Size | None) -> Iterator[None]:
+        """The model encodes at a stage's size inside the block: references follow it too, at their own aspect."""
         model: Any = self.trainable
         own = getattr(model, "resolution", None)
         if size is not None and own is not None:
-            model.resolution = max(size)  # references follow the stage too, at their own aspect
+            model.resolution = max(size)
         try:
-            with torch.no_grad():
-                return model.examples(records)
+            yield
         finally:
             if own is not None:
                 model.resolution = own
@@ -262,7 +282,38 @@ class Feed:
             # the same record again: other noise, however the step is cut into micro-batches
             again = before.count(row) + rows[:i].count(row)
             ids[i] += f"#{again + 1}" if again else ""
-        return Fed(batch, examples, ids, len(batch.rows), micro)
+        return Fed(batch.group, examples, ids, len(batch.rows), micro)
+
+    # -- for methods that sample: requests instead of examples
+
+    def requests(self, epoch: int) -> tuple[str, list[Record]]:
+        """Batch group and records (sized) of an epoch of rollouts: `rollout.groups` of one group and bucket."""
+        batch = self.sampler.batch(epoch)
+        return batch.group, [self.request(epoch, row) for row in batch.rows]
+
+    def request(self, epoch: int, row: tuple[int, int]) -> Record:
+        """One record at the size of that epoch's stage and bucket."""
+        batch = self.sampler.batch(epoch)
+        sizes = self.sizes[batch.stage]
+        return self._sized(self.sources[row[0]][row[1]], None if sizes is None else sizes[batch.bucket or 0])
+
+    def rows_like(self, epoch: int) -> list[tuple[int, int]]:
+        """All (source, row) pairs that could stand in an epoch: of its batch group, and of its bucket."""
+        batch = self.sampler.batch(epoch)
+        buckets = self.sampler.spans[batch.stage].buckets
+        return [
+            (s, row)
+            for s in self.sampler.members[batch.group]
+            for row in range(len(self.sources[s]))
+            if buckets is None or batch.bucket is None or int(buckets[s][row]) == batch.bucket
+        ]
+
+    def conditions(self, records: Sequence[Record], negative: str | None = None) -> list[Condition]:
+        """Conditions of sized records; references follow the stage's size at their own aspect."""
+        sizes = self.sizes[-1]
+        model: Any = self.trainable
+        with self._resolution(None if sizes is None else max(sizes, key=max)), torch.no_grad():
+            return model.encode(records, negative=negative)
 
     def _lookup(self, rows: Sequence[tuple[int, int]], size: Size | None) -> list[tuple[str, str]]:
         """Keys and ids of these rows, all of them in the cache afterwards.

@@ -25,10 +25,10 @@ from weft.rng import seed_of
 from weft.train.checkpoint import differences, newest, read_checkpoint, write_checkpoint
 from weft.train.config import Recipe, plain, read_recipe
 from weft.train.feed import Fed, Feed, open_source
+from weft.train.method import Method, Setting, make_method
 from weft.train.optim import Optimizers
 from weft.train.parallel import Processes
 from weft.train.setup import Buffers, choose_modules, make_trainable, pick_device, trained_parameters
-from weft.train.sft import Sft
 from weft.train.track import Tracker, open_trackers
 from weft.types import Draw, Example, Trainable
 
@@ -60,19 +60,24 @@ def run(
     """Train as the recipe says; continue by itself where the run folder holds a checkpoint.
 
     `evaluators` are called as f(model, step) -> {name: number} every `run.evaluate_every` steps, with EMA weights.
-    `reward` is for methods that declare that they need one (sft does not). Raises WeftError for what a user can
-    mend, Preempted (a SystemExit) after SIGTERM.
+    `reward` is for methods that sample (nft, grpo), in place of the recipe's: a function from a list of (record,
+    picture) pairs to one `weft.types.Score` each, or a `weft.reward.Mixture` of several. Raises WeftError for what a
+    user can mend, Preempted (a SystemExit) after SIGTERM.
     """
     config = read_recipe(recipe, overrides)
-    if reward is not None:
-        raise WeftError(f"method {config.method.name} takes no reward")
-    return Trainer(config, evaluators or {}, say).run()
+    return Trainer(config, evaluators or {}, say, reward).run()
 
 
 class Trainer:
     """The state of a run. `Trainer(recipe).run()` is all there is to call."""
 
-    def __init__(self, recipe: Recipe, evaluators: dict[str, Evaluator], say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        evaluators: dict[str, Evaluator],
+        say: Callable[[str], None] = print,
+        reward: Any = None,
+    ) -> None:
         self.processes = Processes()
         self.recipe, self.evaluators = recipe, evaluators
         self.say = say if self.processes.first else lambda line: None
@@ -86,11 +91,16 @@ class Trainer:
         self.trained = choose_modules(recipe, self.model)
         self.parameters = trained_parameters(self.trained)
         self.buffers = Buffers(self.trained)
-        self.method = Sft(self.model, recipe.method.options)
         self.optimizers = Optimizers(self.trained, recipe.optim, settings.steps)
         ema = settings.ema
         self.ema = Ema(self.parameters, ema.decay, warmup=ema.warmup) if ema is not None else None
+        self.ema_start = ema.start if ema is not None else 0
         self.feed = Feed(recipe, self.model, self.trained, self.processes, self.say)
+        setting = Setting(
+            recipe, self.model, self.trained, self.parameters, self.feed, self.processes, self.device, reward,
+            autocast=self.autocast, stopped=lambda: self.stop is not None, say=self.say,
+        )  # fmt: skip
+        self.method: Method = make_method(setting)
         self.step = 0
         self.saved: int | None = None
         self.stop: int | None = None  # the signal that asked to stop
@@ -109,12 +119,13 @@ class Trainer:
         """Write a checkpoint of this step (LoRA: adapters only). All processes call it, the first one writes."""
         if self.feed.cache is not None:
             self.feed.cache.flush()  # what a continued run finds must be what this one would find
+        own = self.method.tensors()
         if self.processes.first:
-            self._write()
+            self._write(own)
         self.saved = self.step
         self.processes.wait()
 
-    def _write(self) -> None:
+    def _write(self, own: dict[str, dict[str, torch.Tensor]]) -> None:
         tensors: dict[str, dict[str, torch.Tensor]] = {
             "model": dict(self.parameters),
             "optimizer": self.optimizers.state(),
@@ -125,7 +136,8 @@ class Trainer:
             if self.processes.size > 1:
                 raise WeftError(f"{next(iter(buffers))} changes while training: such a module trains on one process")
             tensors["buffers"] = buffers
-        state = {"recipe": plain(self.recipe), "torch": torch.__version__}
+        tensors |= {name: group for name, group in own.items() if group}
+        state = {"recipe": plain(self.recipe), "torch": torch.__version__, "method": self.method.state()}
         write_checkpoint(self.folder, self.step, tensors, state, self.recipe.run.keep)
 
     def resume(self) -> None:
@@ -153,6 +165,7 @@ class Trainer:
             if "ema" not in checkpoint.tensors:
                 raise WeftError(f"{path} has no EMA weights, but run.ema is set: start anew or unset it")
             self.ema.load(checkpoint.tensors["ema"])
+        self.method.load(checkpoint.step, checkpoint.tensors, checkpoint.state.get("method", {}))
         self.step = self.saved = checkpoint.step
         self.say(f"resumed {path}")
 
@@ -166,6 +179,11 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One optimiser step. Raises WeftError on a non-finite loss or gradient, the weights still unchanged."""
         fed = self.next_batch()
+        if fed is None:
+            self.stop = self.stop or int(signal.SIGTERM)  # here or in another process
+            return {}
+        if fed.count == 0:  # nothing to learn from: the weights stay, the step is counted
+            return self._stepped({"loss": 0.0, "group": fed.group, "samples": 0, "lr": 0.0, "grad_norm": 0.0}, fed)
         # for dropout inside modules
         torch.manual_seed(seed_of(self.recipe.run.seed, "modules", self.step, sample=self.processes.rank))
         total, metrics = self.backward(fed)
@@ -180,15 +198,19 @@ class Trainer:
         factor = self.optimizers.factor(self.step)
         self.optimizers.step(self.step)
         if self.ema is not None:
-            self.ema.update(self.step)
-        self.step += 1
+            self.ema.update(self.step + self.ema_start)
         lr = self.optimizers.base[0] * factor
-        return {"loss": total, "group": fed.batch.group, "samples": fed.count, "lr": lr, "grad_norm": norm, **metrics}
+        values = {"loss": total, "group": fed.group, "samples": fed.count, "lr": lr, "grad_norm": norm}
+        return self._stepped(values | metrics, fed)
 
-    def next_batch(self) -> Fed:
+    def _stepped(self, values: dict[str, Any], fed: Fed) -> dict[str, Any]:
+        self.step += 1
+        return {**values, **fed.metrics, **self.method.stepped(self.step)}
+
+    def next_batch(self) -> Fed | None:
         """This step's batch; with `run.prefetch` the next one is begun in a thread (it depends on the step alone)."""
         if not self.recipe.run.prefetch or self.feed.cache is not None:
-            return self.feed.batch(self.step)
+            return self.method.batch(self.step)
         step, future = self.ahead
         fed = future.result() if future is not None and step == self.step else self.feed.batch(self.step)
         self.ahead = (self.step + 1, None)
@@ -201,12 +223,11 @@ class Trainer:
 
         Returns the whole batch's loss. Raises WeftError in every process if one sample's loss is not finite.
         """
-        total, metrics, bad = 0.0, dict[str, float](), list[str]()
-        for start in range(0, len(fed.examples), fed.micro):
-            ids = fed.ids[start : start + fed.micro]
+        total, sums, bad = 0.0, dict[str, tuple[float, int]](), list[str]()
+        for examples, ids in fed.cut():
             draw = Draw(self.recipe.run.seed, self.step, ids)
             with self.autocast():
-                result = self.method.loss(fed.examples[start : start + fed.micro], draw)
+                result = self.method.loss(examples, draw)
             losses = result.per_sample
             finite = torch.isfinite(losses).tolist()
             total += float(losses.detach().sum()) / fed.count
@@ -215,7 +236,8 @@ class Trainer:
                 continue
             (losses.sum() / fed.count).backward()
             for key, value in result.metrics.items():
-                metrics[key] = metrics.get(key, 0.0) + float(value) * len(ids) / len(fed.ids)
+                before, count = sums.get(key, (0.0, 0))
+                sums[key] = (before + float(value) * len(ids), count + len(ids))
         total, stop = self.processes.sum(total, float(self.stop or 0))
         self.stop = self.stop or (int(signal.SIGTERM) if stop else None)
         if not math.isfinite(total):
@@ -224,7 +246,7 @@ class Trainer:
             raise WeftError(
                 f"step {self.step}: the loss is not finite, the weights are unchanged; samples {', '.join(bad)}"
             )
-        return total, metrics
+        return total, {key: value / count for key, (value, count) in sums.items()}
 
     # -- looking at it -------------------------------------------------------------------------------------------
 
@@ -318,7 +340,7 @@ class Trainer:
         if cache.drop_encoders:
             if self.recipe.run.validate_every:
                 self.validate()  # encodes the held-out examples while there is an encoder
-            if self.method.is_flow and hasattr(self.model, "empty_text"):
+            if hasattr(self.model, "empty_text"):
                 self.model.empty_text()
             for name, module in self.model.modules().items():
                 if name not in self.trained:
@@ -332,6 +354,8 @@ class Trainer:
             if self.stop is not None:
                 self.halt()
             values = self.train_step()
+            if not values:
+                continue  # asked to stop before the batch was there
             group = values.pop("group")
             samples += values.pop("samples")
             for key in (f"loss/{group}", "loss"):

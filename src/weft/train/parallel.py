@@ -67,6 +67,14 @@ class Processes:
         dist.all_gather_object(lists, list(values))
         return [value for part in lists for value in part]
 
+    def gather_tensors(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The dictionaries of all processes, joined (on the CPU)."""
+        if self.size == 1:
+            return values
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, {k: v.cpu() for k, v in values.items()})
+        return {k: v for part in found for k, v in part.items()}
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum gradients over the processes in place; a gradient that only some have counts as zero in the others."""
         if self.size == 1:

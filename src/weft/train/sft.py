@@ -2,62 +2,96 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from weft.errors import WeftError
 from weft.train.config import build
+from weft.train.feed import Fed
+from weft.train.method import Setting
 from weft.types import Draw, Example, FlowModel, Loss, Trainable
 
 
 class Sft:
     """The supervised method. For flow models `options` are those of `weft.models.flow.FlowLossConfig`."""
 
-    def __init__(self, model: Trainable, options: dict[str, Any], file: str = "recipe") -> None:
-        self.model = model
-        self.is_flow = isinstance(model, FlowModel)
-        self.options: Any = None
-        if self.is_flow:
-            from weft.models.flow import FlowLossConfig
+    def __init__(self, setting: Setting, options: dict[str, Any]) -> None:
+        if setting.reward is not None or setting.recipe.reward is not None or setting.rollout is not None:
+            raise WeftError("method sft takes no reward and no rollout section; choose nft or grpo, or remove them")
+        self.setting, self.options = setting, loss_options(setting.model, options, setting.file)
 
-            self.options = build(FlowLossConfig, options, "method.options", file)
-        elif options:
-            raise WeftError(f"{file}: method.options: {type(model).__name__} takes its options in trainable_args")
+    def batch(self, step: int) -> Fed | None:
+        """The examples of a step."""
+        return self.setting.feed.batch(step)
 
     def loss(self, examples: Sequence[Example], draw: Draw) -> Loss:
         """Per-sample losses [B] of a homogeneous batch."""
-        if not self.is_flow:
-            return self.model.loss(examples, draw)
+        if self.options is None:
+            return self.setting.model.loss(examples, draw)
         from weft.models.flow import flow_matching_loss
 
-        return flow_matching_loss(self.model, examples, draw, self.options)  # type: ignore[arg-type]
+        return flow_matching_loss(self.setting.model, examples, draw, self.options)
 
-    @torch.no_grad()
+    def stepped(self, step: int) -> dict[str, float]:
+        return {}
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Nothing but weights and the step counts."""
+
     def held_out(
         self, examples: Sequence[Example], ids: Sequence[str], sigmas: Sequence[float], seed: int, batch: int
     ) -> dict[str, float]:
-        """Mean loss of fixed examples with fixed noise: at each sigma for a flow model, plain otherwise."""
-        from collections import defaultdict
+        return held_out(self.setting.model, self.options, examples, ids, sigmas, seed, batch)
 
-        sums: dict[str, float] = defaultdict(float)
-        for start in range(0, len(examples), batch):
-            part, names = examples[start : start + batch], list(ids[start : start + batch])
-            draw = Draw(seed, 0, names)
-            if not self.is_flow:
-                result = self.model.loss(part, draw)
-                sums["loss"] += float(result.per_sample.sum())
-                for key, value in result.metrics.items():
-                    sums[key] += value * len(part)
-                continue
-            from weft.models.flow import flow_matching_loss
 
-            for sigma in sigmas:
-                fixed = [sigma] * len(part)
-                result = flow_matching_loss(self.model, part, draw, self.options, sigma=fixed)  # type: ignore[arg-type]
-                sums[f"loss@{sigma:g}"] += float(result.per_sample.sum())
-        means = {key: value / len(examples) for key, value in sums.items()}
-        if self.is_flow:
-            means["loss"] = sum(means[f"loss@{s:g}"] for s in sigmas) / len(sigmas)
-        return means
+def loss_options(model: Trainable, options: dict[str, Any], file: str = "recipe") -> Any:
+    """The options of a flow model's loss; None for any other trainable, which takes none. Raises WeftError."""
+    if isinstance(model, FlowModel):
+        from weft.models.flow import FlowLossConfig
+
+        return build(FlowLossConfig, options, "method.options", file)
+    if options:
+        raise WeftError(f"{file}: method.options: {type(model).__name__} takes its options in trainable_args")
+    return None
+
+
+@torch.no_grad()
+def held_out(
+    model: Any,
+    options: Any,
+    examples: Sequence[Example],
+    ids: Sequence[str],
+    sigmas: Sequence[float],
+    seed: int,
+    batch: int,
+) -> dict[str, float]:
+    """Mean loss of fixed examples with fixed noise: at each sigma for a flow model, plain otherwise (no options)."""
+    sums: dict[str, float] = defaultdict(float)
+    for start in range(0, len(examples), batch):
+        part, names = examples[start : start + batch], list(ids[start : start + batch])
+        draw = Draw(seed, 0, names)
+        if options is None:
+            result = model.loss(part, draw)
+            sums["loss"] += float(result.per_sample.sum())
+            for key, value in result.metrics.items():
+                sums[key] += value * len(part)
+            continue
+        from weft.models.flow import flow_matching_loss
+
+        for sigma in sigmas:
+            result = flow_matching_loss(model, part, draw, options, sigma=[sigma] * len(part))
+            sums[f"loss@{sigma:g}"] += float(result.per_sample.sum())
+    means = {key: value / len(examples) for key, value in sums.items()}
+    if options is not None:
+        means["loss"] = sum(means[f"loss@{s:g}"] for s in sigmas) / len(sigmas)
+    return means

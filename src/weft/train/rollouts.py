@@ -1,0 +1,241 @@
+"""One epoch of rollouts: which requests, their samples and seeds, the pictures, and the scores that arrive meanwhile.
+
+Everything is a function of (seed, epoch) and of the weights, so an epoch that was interrupted is made again exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weft.record import Record
+from weft.reward.advantage import group_key
+from weft.reward.mix import Mixture
+from weft.rng import normal, numpy_rng, seed_of
+from weft.sample.rollout import sample_flow
+from weft.train.feed import Feed
+from weft.train.geometry import RolloutRecipe, window_at
+from weft.train.parallel import Processes
+from weft.types import Condition, Score
+
+ENCODE_AT_ONCE = 16
+
+
+@dataclass(slots=True)
+class Sample:
+    """One output of an epoch. `index` counts the samples of all processes; `window` is its steps with noise.
+
+    Filled while the epoch is made (None before): `condition`, with guidance `negative`; by the rollout `sigmas`
+    [T + 1], `x0` [C, h, w] (the final latent), and if the method keeps them `states` [n + 1, C, h, w] and `log_probs`
+    [n] of the n steps in the window, all fp32 tensors on the CPU.
+    """
+
+    index: int
+    id: str
+    group: str
+    seed: int
+    record: Record
+    window: tuple[int, int]
+    condition: Any = None
+    negative: Any = None
+    sigmas: Any = None
+    x0: Any = None
+    states: Any = None
+    log_probs: Any = None
+    advantage: float = 0.0
+
+
+@dataclass(slots=True)
+class Epoch:
+    """An epoch's samples of all processes (in one order everywhere), and the batches of this process."""
+
+    number: int
+    name: str  # of the batch group
+    samples: list[Sample]
+    batches: list[list[Sample]]
+    scores: list[Score] = field(default_factory=list)  # of all samples, by index
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def plan_epoch(
+    feed: Feed, recipe: RolloutRecipe, processes: Processes, seed: int, number: int, banned: Collection[str]
+) -> Epoch:
+    """The samples of epoch `number`: distinct requests from the sampler; banned ones are replaced by others."""
+    name, records = feed.requests(number)
+    keys = [group_key(record) for record in records]
+    if banned:
+        _replace(feed, seed, number, banned, records, keys)
+    count: dict[str, int] = {}
+    samples: list[Sample] = []
+    for record, key in zip(records, keys, strict=True):
+        for _ in range(recipe.group_size):
+            k = count[key] = count.get(key, -1) + 1
+            index = len(samples)
+            window = window_at(recipe, seed, number, index // recipe.batch)
+            own = seed_of(seed, "rollout", number, key, k)
+            samples.append(Sample(index, f"{record.id}/{k}", key, own, record, window))
+    chunks = [samples[i : i + recipe.batch] for i in range(0, len(samples), recipe.batch)]
+    return Epoch(number, name, samples, chunks[processes.rank :: processes.size])
+
+
+def _replace(
+    feed: Feed, seed: int, number: int, banned: Collection[str], records: list[Record], keys: list[str]
+) -> None:
+    """Put another request in the place of every banned one, as long as there are any."""
+    spare = [i for i, key in enumerate(keys) if key in banned]
+    if not spare:
+        return
+    known = set(keys) | set(banned)
+    rows = feed.rows_like(number)
+    for row in numpy_rng(seed, "replace", number).permutation(len(rows)):
+        if not spare:
+            return
+        record = feed.request(number, rows[int(row)])
+        key = group_key(record)
+        if key not in known:
+            known.add(key)
+            place = spare.pop(0)
+            records[place], keys[place] = record, key
+
+
+def encode_epoch(model: Any, feed: Feed, recipe: RolloutRecipe, epoch: Epoch) -> None:
+    """Conditions of this process's samples: every request once, shared by its group."""
+    own = [sample for batch in epoch.batches for sample in batch]
+    records = {sample.group: sample.record for sample in own}
+    conditions: dict[str, Condition] = {}
+    negatives: dict[str, Condition] = {}
+    groups = list(records)
+    for start in range(0, len(groups), ENCODE_AT_ONCE):
+        some = groups[start : start + ENCODE_AT_ONCE]
+        part = [records[g] for g in some]
+        conditions |= dict(zip(some, feed.conditions(part), strict=True))
+        if recipe.guidance > 1:
+            negatives |= dict(zip(some, feed.conditions(part, negative=recipe.negative), strict=True))
+    for sample in own:
+        sample.condition, sample.negative = conditions[sample.group], negatives.get(sample.group)
+
+
+def roll(
+    model: Any,
+    recipe: RolloutRecipe,
+    epoch: Epoch,
+    mixture: Mixture,
+    processes: Processes,
+    *,
+    seed: int,
+    keep: Sequence[str],
+    autocast: Callable[[], AbstractContextManager[Any]],
+    stopped: Callable[[], bool],
+) -> bool:
+    """Make and score this process's batches; then everybody knows all scores. False if a signal asked to stop.
+
+    Scoring runs in threads of its own while the next batch is made; what is left after the last one is waited for.
+    """
+    waiting: list[tuple[list[Sample], Future[list[Score]]]] = []
+    seconds = {"rollout": 0.0, "decode": 0.0, "reward_wait": 0.0, "reward": 0.0}
+    with ThreadPoolExecutor(recipe.workers, thread_name_prefix="reward") as pool:
+        for batch in epoch.batches:
+            # all processes stop at the same batch
+            if processes.sum(float(stopped()))[0]:
+                pool.shutdown(cancel_futures=True)
+                return False
+            started = time.perf_counter()
+            latents = _sample(model, recipe, epoch, batch, seed, keep, autocast)
+            seconds["rollout"] += time.perf_counter() - started
+            started = time.perf_counter()
+            pictures = model.decode(latents, [s.condition.size for s in batch])
+            pairs = [(s.record, picture) for s, picture in zip(batch, pictures, strict=True)]
+            seconds["decode"] += time.perf_counter() - started
+            waiting.append((batch, pool.submit(_timed, mixture, pairs, seconds)))
+        started = time.perf_counter()
+        found = {s.index: score for batch, future in waiting for s, score in zip(batch, future.result(), strict=True)}
+        seconds["reward_wait"] = time.perf_counter() - started
+    epoch.scores = share_scores(found, len(epoch.samples), processes)
+    epoch.seconds |= seconds
+    return True
+
+
+def _timed(mixture: Mixture, pairs: list[Any], seconds: dict[str, float]) -> list[Score]:
+    started = time.perf_counter()
+    with torch.no_grad():
+        scores = mixture.score(pairs)
+    seconds["reward"] += time.perf_counter() - started
+    return scores
+
+
+def _sample(
+    model: Any, recipe: RolloutRecipe, epoch: Epoch, batch: list[Sample], seed: int, keep: Sequence[str], autocast: Any
+) -> Tensor:
+    """Roll out one batch; fills its samples and returns the padded final latents."""
+    conditions = [s.condition for s in batch]
+    start, stop = batch[0].window
+    initial = None
+    if recipe.same_latent:
+        shape = [
+            (model.channels, h // model.downsample, w // model.downsample) for h, w in (c.size for c in conditions)
+        ]
+        initial = [normal(z, seed, "group latent", epoch.number, s.group) for z, s in zip(shape, batch, strict=True)]
+    with autocast():
+        result = sample_flow(
+            model,
+            conditions,
+            seeds=[s.seed for s in batch],
+            steps=recipe.steps,
+            guidance=recipe.guidance,
+            negative=[s.negative for s in batch] if recipe.guidance > 1 else None,
+            solver=recipe.solver,
+            kind=recipe.kind,
+            eta=recipe.eta,
+            window=(start, stop) if recipe.window is not None else None,
+            keep=keep,
+            init_latents=initial,
+            group_ids=[s.group for s in batch],
+        )
+    for i, sample in enumerate(batch):
+        h, w = (edge // model.downsample for edge in conditions[i].size)
+        sample.sigmas = result.sigmas
+        sample.x0 = result.latents[i, :, :h, :w].float().cpu().clone()
+        if result.trajectory is not None:
+            sample.states = result.trajectory[i, start : stop + 1, :, :h, :w].float().cpu().clone()
+        if result.log_probs is not None:
+            sample.log_probs = result.log_probs[i, start:stop].float().cpu().clone()
+    return result.latents
+
+
+def share_scores(found: dict[int, Score], count: int, processes: Processes) -> list[Score]:
+    """The scores of all processes' samples, by index."""
+    lines = [json.dumps([i, s.value, s.parts, s.reason]) for i, s in found.items()]
+    table: dict[int, Score] = {}
+    for line in processes.gather(lines):
+        i, value, parts, reason = json.loads(line)
+        table[i] = Score(value, parts, reason)
+    return [table[i] for i in range(count)]
+
+
+def buffer_tensors(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """What a checkpoint within an epoch holds of the rollouts, by `<index>/<name>`."""
+    found: dict[str, Tensor] = {}
+    for sample in samples:
+        for name in ("x0", "states", "log_probs", "sigmas"):
+            value = getattr(sample, name)
+            if value is not None:
+                found[f"{sample.index}/{name}"] = value
+    return found
+
+
+def fill_buffer(epoch: Epoch, saved: dict[str, Tensor]) -> None:
+    """The inverse of `buffer_tensors`, for this process's samples."""
+    for batch in epoch.batches:
+        for sample in batch:
+            for name in ("x0", "states", "log_probs", "sigmas"):
+                value = saved.get(f"{sample.index}/{name}")
+                if value is not None:
+                    setattr(sample, name, value)
