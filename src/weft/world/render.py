@@ -82,10 +82,10 @@ def _accent(pattern: str, size: str, unit: float, fx: float, fy: float) -> tuple
     soft = lambda d: np.clip(0.5 - d * unit, 0, 1)  # noqa: E731  coverage of a signed distance in units
     none = np.zeros_like(x)
     if pattern == "striped":
-        gap = 0.6 * r
+        gap = (0.8 if size == "small" else 0.6) * r
         return soft(np.abs((y + gap / 2) % gap - gap / 2) - gap / 4), none
     if pattern == "checkered":
-        cell = 0.52 * r
+        cell = (0.62 if size == "small" else 0.52) * r
         a, b = np.sin(np.pi * x / cell), np.sin(np.pi * y / cell)
         return soft(-np.sign(a * b) * np.minimum(np.abs(a), np.abs(b)) * cell / np.pi), none
     if pattern == "dotted":
