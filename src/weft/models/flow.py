@@ -30,6 +30,7 @@ class FlowFamily(FlowModel, Protocol):
 
     resolution: int
     resample: Any
+    sees: str
 
     def own_size(self, size: Size) -> Size: ...
 
@@ -138,8 +139,12 @@ def encode_records(model: FlowFamily, records: Sequence[Record], negative: str |
     texts = [_text(record) if negative is None else negative for record in records]
     return [
         Condition(record.id, p.size, tensors | model.facts(record), [next(latents) for _ in p.inputs])
-        for record, p, tensors in zip(records, sized, model.states(texts, [p.raw for p in sized]), strict=True)
+        for record, p, tensors in zip(records, sized, _states(model, texts, sized), strict=True)
     ]
+
+
+def _states(model: FlowFamily, texts: Sequence[str], sized: Sequence[Pictures]) -> list[dict[str, Tensor]]:
+    return model.states(texts, [p.raw if model.sees == "raw" else p.inputs for p in sized])
 
 
 def _text(record: Record) -> str:
@@ -155,7 +160,7 @@ def encode_examples(model: FlowFamily, records: Sequence[Record]) -> list[Exampl
     latents = iter(model.encode_images([image for p in sized for image in (*p.inputs, p.target) if image is not None]))
     texts = [_text(record) for record in records]
     examples = []
-    for record, p, tensors in zip(records, sized, model.states(texts, [p.raw for p in sized]), strict=True):
+    for record, p, tensors in zip(records, sized, _states(model, texts, sized), strict=True):
         *references, target = [next(latents) for _ in (*p.inputs, p.target)]
         condition = Condition(record.id, p.size, tensors | model.facts(record), references)
         examples.append(example_of(condition, target, record.task))
@@ -226,7 +231,7 @@ def sigmas_of(config: FlowLossConfig, shift: float | Sequence[float], u: Tensor)
 
 
 class LossModel(Protocol):
-    """What the loss needs of a flow model (see `weft.types.FlowModel`), its own shift, and the empty text's states."""
+    """What the loss needs of a flow model (see `weft.types.FlowModel`), its own shift, and how its text is dropped."""
 
     downsample: int
 
@@ -236,7 +241,7 @@ class LossModel(Protocol):
 
     def velocity(self, x: Tensor, sigma: Tensor, batch: dict) -> Tensor: ...
 
-    def empty_text(self) -> dict[str, Tensor]: ...
+    def without_text(self, condition: Condition) -> dict[str, Tensor]: ...
 
 
 def flow_matching_loss(
@@ -263,7 +268,7 @@ def flow_matching_loss(
         condition = condition_of(example, record, model.downsample)
         u, chance = torch.rand(2, generator=rng.generator(draw.seed, "time", *where), dtype=torch.float64).tolist()
         if sigma is None and chance < config.text_dropout and task_of(example) in config.dropout_tasks:
-            condition.tensors = condition.tensors | model.empty_text()
+            condition.tensors = model.without_text(condition)
             dropped += 1
         uniform.append(u)
         conditions.append(condition)

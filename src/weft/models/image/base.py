@@ -49,6 +49,8 @@ class ImageFlow:
     optional_parts: ClassVar[tuple[str, ...]] = ()
     resample: Any = Pillow.Resampling.BICUBIC
     """The filter with which pictures are resized."""
+    sees: ClassVar[str] = "raw"
+    """Which pictures `states` gets: the "raw" ones, or the "inputs" at the size they are encoded at."""
     steps, guidance = 28, 3.5
     """Sampling defaults where the folder's `weft.json` names none; guidance is classifier-free."""
 
@@ -168,6 +170,10 @@ class ImageFlow:
         if self._empty is None:
             self._empty = {name: tensor.cpu() for name, tensor in self.encode_text([""])[0].items()}
         return self._empty
+
+    def without_text(self, condition: Condition) -> dict[str, Tensor]:
+        """The tensors of a condition whose text is dropped in training."""
+        return condition.tensors | self.empty_text()
 
     def _latents(self, pixels: Tensor) -> Tensor:
         """Normalised fp32 latents [B, C, h, w] of pixels [B, 3, H, W] in [-1, 1]: the posterior's mode."""
