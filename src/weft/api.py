@@ -31,7 +31,7 @@ Instruction = str | Sequence[Part]
 
 @dataclass(slots=True, frozen=True)
 class Defaults:
-    """What a model is sampled with where nothing else is said: the numbers of its `weft.json`, else these."""
+    """What a model is sampled with where nothing else is said: its `weft.json`, else what its family uses."""
 
     steps: int = 28
     guidance: float = 3.5
@@ -253,18 +253,17 @@ def load(
         slicing=slicing, offload=offload, quantization=quantization, resolution=resolution,
     )  # fmt: skip
     flow.name = str(model)  # in results and reports, the model rather than its family
-    return Model(flow, str(model), read_defaults(folder))
+    return Model(flow, str(model), read_defaults(folder, Defaults(flow.steps, flow.guidance)))
 
 
-def read_defaults(folder: Path) -> Defaults:
-    """The sampling defaults in a model folder's `weft.json` ({"steps": 28, "guidance": 3.5}), if it has one."""
+def read_defaults(folder: Path, family: Defaults) -> Defaults:
+    """The sampling defaults in a model folder's `weft.json` ({"steps": 28, "guidance": 3.5}), else its family's."""
     path = folder / "weft.json"
     if not path.is_file():
-        return Defaults()
+        return family
     try:
         found = json.loads(path.read_text("utf-8"))
-        known = Defaults()
-        return Defaults(int(found.get("steps", known.steps)), float(found.get("guidance", known.guidance)))
+        return Defaults(int(found.get("steps", family.steps)), float(found.get("guidance", family.guidance)))
     except (ValueError, TypeError, AttributeError) as error:
         raise WeftError(f'{path}: not of the form {{"steps": 28, "guidance": 3.5}} ({error})') from error
 
