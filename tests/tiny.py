@@ -198,3 +198,60 @@ def tiny_kontext_folder(
         index.setdefault(name, [None, None])
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
+
+
+def tiny_flux_transformer(seed: int = 0, *, layers: int = 1, single: int = 2, guidance: bool = True) -> nn.Module:
+    """FluxTransformer2DModel: two heads of 16, double and single blocks, 16 latent channels."""
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=layers,
+        num_single_layers=single,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        pooled_projection_dim=32,
+        guidance_embeds=guidance,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return fill_(model, "flux_transformer", seed)
+
+
+def tiny_flux_folder(path: str | Path, seed: int = 0, *, layers: int = 1, single: int = 2) -> Path:
+    """Write a random tiny FLUX.1-Kontext folder in diffusers layout, at a resolution of 64, and return its path.
+
+    Loads with `weft.models.load` and, as it is, with `diffusers.FluxKontextPipeline` (texts there need
+    `max_sequence_length=32`, pictures `_auto_resize=False` and an area of 64 x 64).
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from transformers import CLIPTextModel
+
+    text_encoder = fill_(CLIPTextModel(tiny_clip(seed, index=1).config), "flux_text_encoder", seed)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256
+    )
+    parts = {
+        "transformer": ("diffusers", tiny_flux_transformer(seed, layers=layers, single=single)),
+        "vae": ("diffusers", tiny_vae(seed)),
+        "scheduler": ("diffusers", scheduler),
+        "text_encoder": ("transformers", text_encoder),
+        "text_encoder_2": ("transformers", tiny_t5(seed)),
+        "tokenizer": ("transformers", tiny_clip_tokenizer()),
+        "tokenizer_2": ("transformers", tiny_t5_tokenizer()),
+    }
+    return _write_folder(Path(path), "FluxKontextPipeline", parts, ("image_encoder", "feature_extractor"), 64)
+
+
+def _write_folder(
+    folder: Path, pipeline: str, parts: dict[str, tuple[str, object]], missing: tuple[str, ...], resolution: int
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    index: dict[str, object] = {"_class_name": pipeline, "_diffusers_version": "0.42.1"}
+    for name, (library, part) in parts.items():
+        part.save_pretrained(folder / name)  # type: ignore[attr-defined]
+        index[name] = [library, type(part).__name__]
+    index |= {name: [None, None] for name in missing}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "weft.json").write_text(json.dumps({"resolution": resolution}) + "\n", encoding="utf-8")
+    return folder

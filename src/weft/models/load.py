@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,57 @@ import torch
 
 import weft
 from weft.errors import WeftError
+from weft.models.image.flux_kontext import FluxKontext, FluxOptions
 from weft.models.image.sd3_kontext import UniPic2Kontext
-from weft.models.weights import SD3_OPTIONAL, SD3_PARTS, licence_note, load_lora, load_sd3_parts, read_index
+from weft.models.routing import ROUTES
+from weft.models.weights import (
+    FLUX,
+    SD3,
+    Parts,
+    find_adapters,
+    licence_note,
+    load_lora,
+    load_parts,
+    read_index,
+    read_json,
+)
 
-SD3_PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3KontextPipeline")
-OFFLOAD_ORDER = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae")
+
+@dataclass(frozen=True)
+class Family:
+    """How a family is opened: its class, the parts of its folder, what `options` it takes, and for the memory the
+    parts that a plain `quantization` means and the order in which a picture passes the networks."""
+
+    model: Any  # the subclass of ImageFlow
+    parts: Parts
+    options: type | None
+    quantized: tuple[str, ...]
+    order: tuple[str, ...]
+
+
+UNIPIC2 = Family(
+    UniPic2Kontext,
+    SD3,
+    None,
+    ("transformer", "text_encoder_3"),
+    ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"),
+)
+KONTEXT = Family(
+    FluxKontext,
+    FLUX,
+    FluxOptions,
+    ("transformer", "text_encoder_2"),
+    ("text_encoder", "text_encoder_2", "transformer", "vae"),
+)
+FAMILIES = {
+    "StableDiffusion3Pipeline": UNIPIC2,
+    "StableDiffusion3KontextPipeline": UNIPIC2,
+    "FluxKontextPipeline": KONTEXT,
+    "DreamOmni2Pipeline": KONTEXT,
+}
+"""Families by the pipeline class that a folder's index declares."""
+TRANSFORMERS = {"SD3Transformer2D": "StableDiffusion3Pipeline", "FluxTransformer2D": "FluxKontextPipeline"}
+"""The same by the beginning of the transformer's class, for releases without an index."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,21 +74,28 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     lora: Sequence[str | tuple[str, float]] = (),
+    adapters: str | Path | Mapping[str, str] | None = None,
     attention_backend: str | None = None,
     tiling: bool = False,
     slicing: bool = False,
     offload: str = "none",
     quantization: str | dict[str, str] | None = None,
     resolution: int | None = None,
-) -> UniPic2Kontext:
+    options: Mapping[str, Any] | None = None,
+) -> Any:
     """The model in a zoo entry, a folder in diffusers layout, or a hub repository (needs a network).
 
+    Its family is the one that `model_index.json` declares (`FAMILIES`); it is a `weft.types.FlowModel`.
+
     `device`: None takes CUDA, then MPS, then the CPU. `dtype`: None is fp32 on the CPU and bf16 elsewhere.
-    `lora`: "path" or "path:0.8", or pairs; they add up. `attention_backend`: a name of diffusers'
-    `set_attention_backend`, for the transformer. `tiling`, `slicing`: of the VAE. `offload`: "none", "model" (one
-    network at a time on the device) or "sequential" (one layer at a time), by accelerate. `quantization`: "4bit"
-    (NF4) or "8bit" for transformer and T5, or a dict of part name to one of them, by bitsandbytes (extra `quant`).
-    `resolution`: longer edge in pixels of pictures whose record names no size.
+    `lora`: "path" or "path:0.8", or pairs; they add up. `adapters`: LoRAs that are switched by the request, as
+    {"edit": path, "generation": path} or the folder of a DreamOmni2 release; None takes those in the model's own
+    folder. `attention_backend`: a name of diffusers' `set_attention_backend`, for the transformer. `tiling`, `slicing`:
+    of the VAE. `offload`: "none", "model" (one network at a time on the device) or "sequential" (one layer at a time),
+    by accelerate. `quantization`: "4bit" (NF4) or "8bit" for the largest parts, or a dict of part name to one of them,
+    by bitsandbytes (extra `quant`). `resolution`: size in pixels, by the family's rule, of pictures whose record names
+    none. `options`: the family's own, e.g. those of `weft.models.image.flux_kontext.FluxOptions`; they and the
+    resolution have their defaults in the folder's `weft.json`.
     Raises WeftError if the model is unknown or broken, or an option cannot be honoured here.
     """
     folder = find_model(str(name_or_folder))
@@ -51,17 +105,25 @@ def load(
         raise WeftError(f"offload {offload!r} is unknown; choose none, model or sequential")
     if offload != "none" and target.type == "cpu":
         raise WeftError(f"offload={offload!r} needs an accelerator to offload from; here is only the CPU")
-    family = _family(folder)
-    if family not in SD3_PIPELINES:
-        raise WeftError(f"{folder}: model class {family!r} is not supported; supported: {', '.join(SD3_PIPELINES)}")
-    configs = quantization_configs(quantization, kind, target)
-    parts = load_sd3_parts(folder, dtype=kind, quantization=configs, device_map={"": target} if configs else None)
-    model = UniPic2Kontext(
+    declared = _declared(folder)
+    if declared not in FAMILIES:
+        raise WeftError(f"{folder}: model class {declared!r} is not supported; supported: {', '.join(FAMILIES)}")
+    family = FAMILIES[declared]
+    card = read_json(folder / "weft.json")
+    wanted = make_options(family, {**card.get("options", {}), **(options or {})})
+    configs = quantization_configs(quantization, kind, target, family)
+    place = {"": target} if configs else None
+    parts = load_parts(folder, family.parts, dtype=kind, quantization=configs, device_map=place)
+    arguments: dict[str, Any] = {} if wanted is None else {"options": wanted}
+    model: Any = family.model(
         parts,
-        resolution=resolution,
+        resolution=resolution or card.get("resolution"),
         licence=licence_note(str(name_or_folder)),
         device=target if offload != "none" else None,
+        **arguments,
     )
+    model.card = card
+    _add_adapters(model, adapters, folder)
     _add_loras(model, lora)
     if attention_backend is not None:
         _set_attention(model, attention_backend)
@@ -74,8 +136,26 @@ def load(
             if name not in configs:  # a quantised part was placed when it was read
                 module.to(target)
     else:
-        _offload(model, offload, target, skip=set(configs))
+        _offload(model, offload, target, family.order, skip=set(configs))
     return model
+
+
+def make_options(family: Family, given: Mapping[str, Any]) -> Any:
+    """The family's options object, None if it has none. Raises WeftError for an unknown name or a wrong type."""
+    if family.options is None:
+        if given:
+            raise WeftError(f"options: {family.model.name} takes none, found {', '.join(given)}")
+        return None
+    defaults = {field.name: field.default for field in dataclasses.fields(family.options)}
+    for key, value in given.items():
+        if key not in defaults:
+            raise WeftError(f"options: {family.model.name} has no {key!r}; it has {', '.join(defaults)}")
+        default = defaults[key]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fits = number if isinstance(default, float) else isinstance(value, type(default))
+        if not (fits or default is None and (value is None or number)):
+            raise WeftError(f"options.{key}: {value!r} is not of the type of its default {default!r}")
+    return family.options(**given)
 
 
 def find_model(name: str) -> Path:
@@ -92,7 +172,8 @@ def find_model(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     # Only the parts in safetensors: such repositories also hold single-file and half-precision copies of them.
-    parts = ["model_index.json", "weft.json", *[f"{part}/*" for part in SD3_PARTS + SD3_OPTIONAL]]
+    known_parts = {part for family in FAMILIES.values() for part in (*family.parts.networks, *family.parts.readers)}
+    parts = ["model_index.json", "weft.json", *[f"{part}/*" for part in sorted(known_parts)]]
     try:
         return Path(snapshot_download(name, allow_patterns=parts, ignore_patterns=["*.bin", "*.fp16.*", "*.fp16-*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -100,7 +181,7 @@ def find_model(name: str) -> Path:
         raise WeftError(f"no model {name!r}: no such folder or zoo entry, and the hub answered: {reason}") from error
 
 
-def _family(folder: Path) -> str:
+def _declared(folder: Path) -> str:
     """The pipeline class a folder declares; a release without an index is recognised by its transformer."""
     index = read_index(folder)
     if index:
@@ -108,8 +189,8 @@ def _family(folder: Path) -> str:
     config = folder / "transformer" / "config.json"
     if not config.is_file():
         raise WeftError(f"{folder}: not a model folder (no model_index.json and no transformer/config.json)")
-    name = json.loads(config.read_text(encoding="utf-8")).get("_class_name", "")
-    return "StableDiffusion3Pipeline" if str(name).startswith("SD3Transformer2D") else str(name)
+    name = str(read_json(config).get("_class_name", ""))
+    return next((pipeline for start, pipeline in TRANSFORMERS.items() if name.startswith(start)), name)
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -139,16 +220,15 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
 
 
 def quantization_configs(
-    quantization: str | dict[str, str] | None, dtype: torch.dtype, device: torch.device
+    quantization: str | dict[str, str] | None, dtype: torch.dtype, device: torch.device, family: Family = UNIPIC2
 ) -> dict[str, Any]:
     """bitsandbytes configurations by part: diffusers' class for its networks, transformers' for the text encoders."""
     if quantization is None:
         return {}
-    both = ("transformer", "text_encoder_3")
-    wanted = dict.fromkeys(both, quantization) if isinstance(quantization, str) else quantization
+    wanted = dict.fromkeys(family.quantized, quantization) if isinstance(quantization, str) else quantization
     for part, bits in wanted.items():
-        if part not in OFFLOAD_ORDER:
-            raise WeftError(f"quantization of {part!r}: no such network; choose from {', '.join(OFFLOAD_ORDER)}")
+        if part not in family.order:
+            raise WeftError(f"quantization of {part!r}: no such network; choose from {', '.join(family.order)}")
         if bits not in ("4bit", "8bit"):
             raise WeftError(f"quantization {bits!r} of {part} is unknown; choose 4bit or 8bit")
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -166,37 +246,71 @@ def quantization_configs(
     return configs
 
 
-def _add_loras(model: UniPic2Kontext, lora: Sequence[str | tuple[str, float]]) -> None:
+def _add_adapters(model: Any, adapters: str | Path | Mapping[str, str] | None, folder: Path) -> None:
+    """Load the routed adapters and hand them to the model's router."""
+    if adapters is None:
+        found = {name: str(path) for name, path in find_adapters(folder).items()}
+        if not found:
+            return
+    elif isinstance(adapters, Mapping):
+        found = dict(adapters)
+    else:
+        found = {name: str(path) for name, path in find_adapters(Path(adapters)).items()}
+        if not found:
+            raise WeftError(f"adapters: {adapters} has no edit_lora or gen_lora folder, nor DreamOmni2's single files")
+    if not hasattr(model, "route"):
+        raise WeftError(f"adapters: {model.name} does not switch adapters by request; use lora for ones always on")
+    for name, item in found.items():
+        if name not in ROUTES:
+            raise WeftError(f"adapters: {name!r} is unknown; name them {' and '.join(ROUTES)}")
+        path, weight = split_weight(item)
+        load_lora(model.transformer, path, name)
+        for module in model.transformer.modules():
+            if weight != 1 and name in getattr(module, "lora_A", ()):
+                module.set_scale(name, weight)
+    model.route(list(found))
+
+
+def split_weight(item: str | tuple[str, float]) -> tuple[Path, float]:
+    """Path and weight of "path", "path:0.8" or a pair."""
+    if isinstance(item, tuple):
+        return Path(item[0]), float(item[1])
+    head, _, tail = str(item).rpartition(":")
+    if not head or Path(item).exists():
+        return Path(item), 1.0
+    try:
+        return Path(head), float(tail)
+    except ValueError as error:
+        raise WeftError(f"LoRA {item!r}: {tail!r} is not a weight; write path or path:0.8") from error
+
+
+def _add_loras(model: Any, lora: Sequence[str | tuple[str, float]]) -> None:
     names, weights = [], []
     for k, item in enumerate(lora):
-        path, weight = item if isinstance(item, tuple) else (item, 1.0)
-        head, _, tail = str(path).rpartition(":")
-        if not isinstance(item, tuple) and head and not Path(path).exists():
-            try:
-                path, weight = head, float(tail)
-            except ValueError as error:
-                raise WeftError(f"LoRA {item!r}: {tail!r} is not a weight; write path or path:0.8") from error
+        path, weight = split_weight(item)
         names.append(f"lora{k}")
-        weights.append(float(weight))
-        load_lora(model.transformer, Path(path), names[-1])
+        weights.append(weight)
+        load_lora(model.transformer, path, names[-1])
     if names:
         model.transformer.set_adapters(names, weights)
 
 
-def _set_attention(model: UniPic2Kontext, backend: str) -> None:
+def _set_attention(model: Any, backend: str) -> None:
     try:
         model.transformer.set_attention_backend(backend)
     except (ValueError, RuntimeError, ImportError) as error:
         raise WeftError(f"attention_backend {backend!r}: {str(error).strip().splitlines()[0]}") from error
 
 
-def _offload(model: UniPic2Kontext, how: str, device: torch.device, skip: set[str]) -> None:
+def _offload(
+    model: Any, how: str, device: torch.device, order: Sequence[str] = UNIPIC2.order, skip: Collection[str] = ()
+) -> None:
     """accelerate's hooks, in the order in which a picture passes the networks (as diffusers' pipelines do)."""
     from accelerate import cpu_offload, cpu_offload_with_hook
 
     hook = None
     modules = model.modules()
-    for name in OFFLOAD_ORDER:
+    for name in order:
         if name not in modules or name in skip:
             continue
         if how == "model":

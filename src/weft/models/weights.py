@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from weft.errors import WeftError
 
@@ -23,6 +25,8 @@ LICENCES = {
     "Stability AI Community License covers its derivatives (commercial use is limited by revenue)",
     "UniPic2-SD3.5M-Kontext-GRPO-2B": "MIT as published by Skywork; derived from Stable Diffusion 3.5 Medium, whose "
     "Stability AI Community License covers its derivatives (commercial use is limited by revenue)",
+    "FLUX.1-Kontext-dev": "FLUX.1 [dev] Non-Commercial License of Black Forest Labs: no commercial use of the weights",
+    "DreamOmni2": "Apache-2.0 as published; its adapters run on FLUX.1 Kontext [dev], whose licence is non-commercial",
     "stable-diffusion-3.5-medium": "Stability AI Community License (commercial use is limited by revenue)",
     "stable-diffusion-3-medium-diffusers": "Stability AI Community License (commercial use is limited by revenue)",
 }
@@ -38,52 +42,99 @@ def licence_note(name: str | Path) -> str | None:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """`model_index.json` of a model folder; {} where a release loads part by part and has none. WeftError if broken."""
-    path = folder / "model_index.json"
+    return read_json(folder / "model_index.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; {} if there is no such file. WeftError if it is broken."""
     if not path.is_file():
         return {}
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise WeftError(f"{path}: not valid JSON ({_line(error)}); download or export the model again") from error
-    if not isinstance(index, dict):
+    if not isinstance(found, dict):
         raise WeftError(f"{path}: must be a JSON object; download or export the model again")
-    return index
+    return found
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a released folder holds: the class (`library:Class`) reading each part, and which parts may be missing."""
+
+    networks: dict[str, str]
+    readers: dict[str, str]
+    optional: tuple[str, ...] = ()
+
+
+SD3 = Parts(
+    {
+        "transformer": "diffusers:SD3Transformer2DModel",
+        "vae": "diffusers:AutoencoderKL",
+        "text_encoder": "transformers:CLIPTextModelWithProjection",
+        "text_encoder_2": "transformers:CLIPTextModelWithProjection",
+        "text_encoder_3": "transformers:T5EncoderModel",
+    },
+    {
+        "scheduler": "diffusers:FlowMatchEulerDiscreteScheduler",
+        "tokenizer": "transformers:AutoTokenizer",
+        "tokenizer_2": "transformers:AutoTokenizer",
+        "tokenizer_3": "transformers:AutoTokenizer",
+    },
+    SD3_OPTIONAL,
+)
+FLUX = Parts(
+    {
+        "transformer": "diffusers:FluxTransformer2DModel",
+        "vae": "diffusers:AutoencoderKL",
+        "text_encoder": "transformers:CLIPTextModel",
+        "text_encoder_2": "transformers:T5EncoderModel",
+    },
+    {
+        "scheduler": "diffusers:FlowMatchEulerDiscreteScheduler",
+        "tokenizer": "transformers:AutoTokenizer",
+        "tokenizer_2": "transformers:AutoTokenizer",
+    },
+)
 
 
 def load_sd3_parts(
     folder: Path, *, dtype: torch.dtype, quantization: dict[str, Any] | None = None, device_map: Any = None
 ) -> dict[str, Any]:
-    """The parts of an SD3 / SD3.5 / UniPic2-Kontext folder by name, in eval mode.
+    """`load_parts` of an SD3 / SD3.5 / UniPic2-Kontext folder."""
+    return load_parts(folder, SD3, dtype=dtype, quantization=quantization, device_map=device_map)
+
+
+def load_parts(
+    folder: Path,
+    parts: Parts,
+    *,
+    dtype: torch.dtype,
+    quantization: dict[str, Any] | None = None,
+    device_map: Any = None,
+) -> dict[str, Any]:
+    """The parts of a released folder by name, networks in eval mode.
 
     `quantization` maps part names to a ready configuration object (see `weft.models.load`). Raises WeftError that
     names the part which is missing, unreadable, incomplete or of other shapes than its configuration says.
     """
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-    from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
-
     index = read_index(folder)
-    third = _has(folder, "text_encoder_3", index)
-    names = SD3_PARTS + (SD3_OPTIONAL if third else ())
+    order = [*parts.networks, *parts.readers]
+    names = [n for n in order if n not in parts.optional or _has(folder, n, index)]
     missing = [name for name in names if not (folder / name).is_dir()]
     if missing:
         raise WeftError(f"{folder}: no folder {missing[0]!r}; a model needs {', '.join(names)}")
     quantization = quantization or {}
-    networks: dict[str, Any] = {
-        "transformer": SD3Transformer2DModel,
-        "vae": AutoencoderKL,
-        "text_encoder": CLIPTextModelWithProjection,
-        "text_encoder_2": CLIPTextModelWithProjection,
-        "text_encoder_3": T5EncoderModel,
-    }
-    parts: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name in names:
         path = folder / name
-        if name in networks:
-            parts[name] = _network(path, networks[name], dtype, quantization.get(name), device_map)
+        library, _, kind = (parts.networks.get(name) or parts.readers[name]).partition(":")
+        cls = getattr(importlib.import_module(library), kind)
+        if name in parts.networks:
+            found[name] = _network(path, cls, dtype, quantization.get(name), device_map)
         else:
-            kind: Any = FlowMatchEulerDiscreteScheduler if name == "scheduler" else AutoTokenizer
-            parts[name] = _guard(path, partial(kind.from_pretrained, path))
-    return parts
+            found[name] = _guard(path, partial(cls.from_pretrained, path))
+    return found
 
 
 def _has(folder: Path, name: str, index: dict[str, Any]) -> bool:
@@ -233,9 +284,45 @@ def load_lora(transformer: Any, path: Path, name: str) -> None:
     state = {key: value for key, value in state.items() if key.startswith("transformer.") and "lora" in key}
     if not state:
         raise WeftError(f"{file}: no LoRA weights for the transformer in it")
+    _check_base(transformer, state, file)
     metadata = _lora_config(file)
     load = partial(transformer.load_lora_adapter, state, prefix="transformer", adapter_name=name, metadata=metadata)
     _guard(file, load)
+
+
+def _check_base(transformer: Any, state: dict[str, Tensor], file: Path) -> None:
+    """Raises WeftError if a LoRA was made for another transformer."""
+    layers = dict(transformer.named_modules())
+    for key, value in state.items():
+        name, _, half = key.removeprefix("transformer.").partition(".lora_")
+        if half not in ("A.weight", "B.weight") or value.ndim != 2:
+            continue
+        layer = layers.get(name)
+        if layer is None:
+            raise WeftError(f"{file}: made for another base model: here is no layer {name}")
+        layer = getattr(layer, "base_layer", layer)
+        width = getattr(layer, "in_features" if half == "A.weight" else "out_features", None)
+        own = value.shape[1 if half == "A.weight" else 0]
+        if width is not None and own != width:
+            raise WeftError(f"{file}: made for another base model: {name} is {own} wide there, {width} here")
+
+
+ADAPTERS = {
+    "edit": ("edit_lora", "DreamOmni2-7.6B-Edit-Lora.safetensors"),
+    "generation": ("gen_lora", "DreamOmni2-7.6B-Gen-Lora.safetensors"),
+}
+"""Where the two adapters of DreamOmni2 lie in its release, and their names as single files."""
+
+
+def find_adapters(folder: Path) -> dict[str, Path]:
+    """The adapters `edit` and `generation` in a folder of DreamOmni2's layout, or of single files; those it has."""
+    found = {}
+    for name, places in ADAPTERS.items():
+        for path in (folder / place for place in places):
+            if path.is_file() or (path.is_dir() and list(path.glob("*.safetensors"))):
+                found[name] = path
+                break
+    return found
 
 
 def _lora_config(file: Path) -> dict[str, Any] | None:

@@ -33,6 +33,16 @@ MASKING_BACKENDS = frozenset(
 """Attention backends of diffusers that take a key mask; the others only run batches of equal shapes."""
 
 
+def check_masking(backend: Any) -> None:
+    """Raises WeftError if an attention backend (None: the default) takes no key mask."""
+    name = None if backend is None else str(getattr(backend, "value", backend))
+    if name is not None and name not in MASKING_BACKENDS:
+        raise WeftError(
+            f"attention backend {name!r} takes no mask, and this batch mixes sizes or reference counts; "
+            "batch equal shapes or use attention_backend='native'"
+        )
+
+
 class JointAttention:
     """SD3's joint text-image attention (and, without text, `attn2`) with a mask on the picture keys.
 
@@ -67,13 +77,8 @@ class JointAttention:
             key = torch.cat([key, heads(attn.add_k_proj(encoder_hidden_states), attn.norm_added_k)], dim=1)
             value = torch.cat([value, heads(attn.add_v_proj(encoder_hidden_states))], dim=1)
             mask = joint_mask
-        if mask is not None and self._attention_backend is not None:
-            backend = str(getattr(self._attention_backend, "value", self._attention_backend))
-            if backend not in MASKING_BACKENDS:
-                raise WeftError(
-                    f"attention backend {backend!r} takes no mask, and this batch mixes sizes or reference counts; "
-                    "batch equal shapes or use attention_backend='native'"
-                )
+        if mask is not None:
+            check_masking(self._attention_backend)
         out = dispatch_attention_fn(
             query, key, value, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
         )
@@ -158,6 +163,19 @@ def make_layout(
     )
 
 
+def gather_rows(rows: Tensor, layout: Layout) -> Tensor:
+    """Tokens [B, N, C] of a mixed batch from the patch rows of the padded target grid and the references."""
+    return rows.gather(1, layout.source[..., None].expand(-1, -1, rows.shape[-1]))
+
+
+def scatter_rows(x: Tensor, layout: Layout | None) -> Tensor:
+    """Target tokens [B, targets, C] back at their cells of the padded grid, zero in the padding."""
+    if layout is None or layout.back is None:
+        return x
+    x = torch.cat([x, x.new_zeros(x.shape[0], 1, x.shape[2])], dim=1)
+    return x.gather(1, layout.back[..., None].expand(-1, -1, x.shape[2]))
+
+
 def patches(latents: Tensor, size: int) -> Tensor:
     """Latents [B, C, H, W] as rows of their patches [B, (H/size) (W/size), C size size]."""
     b, c, h, w = latents.shape
@@ -165,11 +183,16 @@ def patches(latents: Tensor, size: int) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * size * size)
 
 
+def unpatches(rows: Tensor, grid: Grid, size: int) -> Tensor:
+    """The inverse of `patches`: rows [B, h w, C size size] of a grid as latents [B, C, h size, w size]."""
+    x = rows.reshape(rows.shape[0], *grid, -1, size, size)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(rows.shape[0], -1, grid[0] * size, grid[1] * size)
+
+
 def _embed(self: Any, x: Tensor, rows: Tensor, layout: Layout) -> Tensor:
     """Tokens [B, N, D] of a mixed batch: one convolution over all patches, laid side by side as a strip."""
     size, channels = self.config.patch_size, x.shape[1]
-    rows = torch.cat([patches(x, size), rows], dim=1)
-    rows = rows.gather(1, layout.source[..., None].expand(-1, -1, rows.shape[-1]))
+    rows = gather_rows(torch.cat([patches(x, size), rows], dim=1), layout)
     strip = rows.unflatten(-1, (channels, size, size)).permute(0, 2, 3, 1, 4).flatten(3)  # [B, C, size, N size]
     tokens = self.pos_embed.proj(strip).flatten(2).transpose(1, 2)
     return (tokens + self.pos_embed.pos_embed[0][layout.position]).to(tokens.dtype).contiguous()
@@ -228,9 +251,7 @@ def _forward(
         else:
             text, x = block(hidden_states=x, encoder_hidden_states=text, temb=temb, joint_attention_kwargs=masks)
     x = self.proj_out(self.norm_out(x[:, :count], temb))  # token-wise, so only the target's are needed
-    if layout is not None and layout.back is not None:
-        x = torch.cat([x, x.new_zeros(x.shape[0], 1, x.shape[2])], dim=1)
-        x = x.gather(1, layout.back[..., None].expand(-1, -1, x.shape[2]))
+    x = scatter_rows(x, layout)
     x = x.unflatten(2, (size, size, self.out_channels)).unflatten(1, (rows, columns))  # [B, h, w, p, q, C]
     x = x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.out_channels, rows * size, columns * size)
     if not return_dict:
