@@ -6,6 +6,7 @@ sizes pictures, and what one call of its transformer looks like.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,7 @@ class ImageFlow:
         self.scheduler: Any = parts["scheduler"]
         self.loss_config = loss_config or flow.FlowLossConfig()
         self.licence = licence
+        self.card: dict[str, Any] = {}  # what the folder's weft.json said
         self._device = torch.device(device) if device is not None else None  # where offloaded modules run
         self._empty: dict[str, Tensor] | None = None
 
@@ -124,7 +126,14 @@ class ImageFlow:
         """Write the released folder layout; it opens in `weft.models.load` and in plain diffusers."""
         from weft.models.weights import save_folder
 
-        save_folder(self.parts, Path(folder), pipeline=self.pipeline, optional=self.optional_parts)
+        folder = save_folder(self.parts, Path(folder), pipeline=self.pipeline, optional=self.optional_parts)
+        card = self.card | self.settings()
+        if card:
+            (folder / "weft.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+    def settings(self) -> dict[str, Any]:
+        """What `weft.json` has to say so that the saved folder opens as this model."""
+        return {}
 
     # -- how the family sizes pictures; sizes are (height, width) in pixels
 
