@@ -4,7 +4,7 @@ samples of an old policy. No likelihood, any sampler, no guidance.
 With v the velocity of the trained policy and v_old that of the old one at the same noisy latent, the implicit
 policies are v+ = (1 - beta) v_old + beta v and v- = (1 + beta) v_old - beta v (theorem 3.2). Each predicts a clean
 latent x0 = x_t - t v; its squared error, divided by its own mean absolute error (the adaptive weight), counts with the
-optimality probability r and 1 - r. At v = v_old the gradient with respect to v is -2 t^2 A (v - target) / (D w), D
+optimality probability r and 1 - r. At v = v_old the gradient with respect to v is 2 t^2 A (v - target) / (D w), D
 values per sample: linear in the clipped advantage A, independent of beta and of the clip.
 """
 
