@@ -178,6 +178,7 @@ class T5Trainable:
                 "num_decoder_layers": decoder_layers,
                 "is_encoder_decoder": True,
                 "use_cache": False,
+                "dropout_rate": 0.0,  # it would draw from the global generator
                 "decoder_start_token_id": self.tokenizer.pad_token_id,
             }
         )

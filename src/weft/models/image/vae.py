@@ -38,6 +38,11 @@ class AutoencoderTrainable:
     loss) its mode is decoded. `crop` trains on random squares of this side instead of whole pictures.
     `save` writes `vae/` with `scaling_factor` and `shift_factor` measured on the latest training pictures, so that
     (z - shift) * scale has mean 0 and deviation 1.
+
+    `detail` > 0 weighs each place by 1 + `detail` times the local contrast of the picture (deviation in a 7 x 7 window,
+    mean weight 1 per picture), so that small things count as much as large plain ones. `encoder=False` trains the
+    decoder alone: latents and factors stay as they are, so models trained on them remain valid. `noise` is the
+    deviation of what is then added to the latents in training, in units of theirs (flow models err a little).
     """
 
     name = "autoencoder"
@@ -50,6 +55,9 @@ class AutoencoderTrainable:
         l2: float = 0.0,
         edge: float = 1.0,
         kl: float = 1e-3,
+        detail: float = 0.0,
+        encoder: bool = True,
+        noise: float = 0.0,
         crop: int | None = None,
     ) -> None:
         from diffusers import AutoencoderKL
@@ -61,6 +69,13 @@ class AutoencoderTrainable:
             raise WeftError(f"{path}: holds neither vae/config.json nor config.json; give a model or VAE folder")
         self.vae: Any = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
         self.weights = {"l1": l1, "l2": l2, "edge": edge, "kl": kl}
+        self.detail, self.noise, self.train_encoder = detail, noise, encoder
+        if noise and encoder:
+            raise WeftError("noise is for encoder: false; with the encoder, the posterior's own noise is trained")
+        if not encoder:
+            for frozen in (self.vae.encoder, self.vae.quant_conv):
+                if frozen is not None:
+                    frozen.requires_grad_(False)
         self.downsample: int = 2 ** (len(self.vae.config.block_out_channels) - 1)
         if crop is not None:
             check_size((crop, crop), self.downsample)
@@ -108,32 +123,38 @@ class AutoencoderTrainable:
             self._latest.extend(pictures)
         device = next(self.vae.parameters()).device
         x = from_bytes(torch.stack(pictures).to(device))  # [B, 3, H, W]
-        posterior = self.vae.encode(x).latent_dist
+        with torch.set_grad_enabled(training and self.train_encoder):
+            posterior = self.vae.encode(x).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()  # [B, C, h, w]
         z = mean
         if training:
-            noise = [
-                rng.normal(tuple(mean.shape[1:]), draw.seed, "posterior", draw.step, record, i)
-                for i, record in enumerate(draw.record_ids)
-            ]
-            z = mean + (0.5 * logvar).exp() * torch.stack(noise).to(device)
+            deviation = (0.5 * logvar).exp() if self.train_encoder else self.noise / self.vae.config.scaling_factor
+            z = mean + deviation * self._noise(mean, draw)
         y = self.vae.decode(z).sample.float()
+        error, weight = x - y, contrast_weight(x, self.detail)
         terms = {
-            "l1": (x - y).abs().flatten(1).mean(1),
-            "l2": (x - y).square().flatten(1).mean(1),
-            "edge": edge_distance(x, y),
+            "l1": (weight * error.abs()).flatten(1).mean(1),
+            "l2": (weight * error.square()).flatten(1).mean(1),
+            "edge": gradient(error),
             "kl": 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1),
         }
-        total = torch.stack([weight * terms[name] for name, weight in self.weights.items()]).sum(0)
+        total = torch.stack([factor * terms[name] for name, factor in self.weights.items()]).sum(0)
         with torch.no_grad():
             metrics = {name: float(term.mean()) for name, term in terms.items()}
             metrics["psnr"] = float(psnr(x, y).mean())
             metrics["std"] = float((0.5 * logvar).exp().mean() / mean.std().clamp_min(1e-8))
         return Loss(total, metrics)
 
+    def _noise(self, like: Tensor, draw: Draw) -> Tensor:
+        shape = tuple(like.shape[1:])
+        drawn = [
+            rng.normal(shape, draw.seed, "posterior", draw.step, record, i) for i, record in enumerate(draw.record_ids)
+        ]
+        return torch.stack(drawn).to(like.device)
+
     def save(self, folder: Path) -> None:
         """Write `folder/vae`, its latent scale measured if this object has trained (else as it was loaded)."""
-        if self._latest:
+        if self._latest and self.train_encoder:
             shift, scale = latent_scale(self.vae, self._latest)
             self.vae.register_to_config(shift_factor=shift, scaling_factor=scale)
         self.vae.save_pretrained(Path(folder) / "vae")
@@ -156,12 +177,24 @@ def crop_at(picture: Tensor, side: int, draw: Draw, index: int) -> Tensor:
     return picture[:, top : top + side, left : left + side]
 
 
-def edge_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Mean |difference of finite differences| of pictures [B, C, H, W] along both axes: [B]."""
-    error = x - y
-    across = (error[..., 1:] - error[..., :-1]).abs().flatten(1).mean(1)
-    down = (error[..., 1:, :] - error[..., :-1, :]).abs().flatten(1).mean(1)
+def gradient(x: Tensor) -> Tensor:
+    """Mean absolute finite differences of pictures [B, C, H, W], the sum over both axes: [B]."""
+    across = (x[..., 1:] - x[..., :-1]).abs().flatten(1).mean(1)
+    down = (x[..., 1:, :] - x[..., :-1, :]).abs().flatten(1).mean(1)
     return across + down
+
+
+def contrast_weight(x: Tensor, detail: float, window: int = 7) -> Tensor | float:
+    """1 + `detail` times the local deviation of pictures [B, C, H, W] in [-1, 1]: [B, 1, H, W], mean 1 per picture."""
+    if detail == 0:
+        return 1.0
+
+    def local_mean(t: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(t, window, stride=1, padding=window // 2, count_include_pad=False)
+
+    variance = local_mean(x.square()) - local_mean(x).square()
+    weight = 1 + detail * variance.clamp_min(0).mean(1, keepdim=True).sqrt()
+    return weight / weight.mean((1, 2, 3), keepdim=True)
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
