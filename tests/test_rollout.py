@@ -15,6 +15,7 @@ from weft import rng
 from weft.errors import WeftError
 from weft.sample import kernels, schedules
 from weft.sample.rollout import initial_latents, pad_latents, sample_flow
+from weft.sample.solvers import SOLVERS
 from weft.types import Batch, Condition, Draw, Example, FlowModel, Loss
 
 SDES = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8}
@@ -319,15 +320,48 @@ def test_what_does_not_fit_together_is_refused_before_any_call(options: dict, me
     assert not model.calls
 
 
-def test_odd_sizes_and_grids_that_differ_are_refused() -> None:
+def test_odd_sizes_are_refused() -> None:
     with pytest.raises(WeftError, match="multiples of 4"):
         sample_flow(Toy(), [condition(0.0, (6, 8))], steps=2, seeds=[1])
     with pytest.raises(WeftError, match="empty"):
         sample_flow(Toy(), [], steps=2, seeds=[])
 
-    class Dynamic(Toy):
-        def sigmas(self, steps: int, size: tuple[int, int]) -> Tensor:
-            return schedules.flow_match_sigmas(steps, 1.0 + size[0] / 8)
 
-    with pytest.raises(WeftError, match="different grids"):
-        sample_flow(Dynamic(), MIXED, steps=2, seeds=[1, 2, 3])
+class Dynamic(Toy):
+    """A model whose grid depends on the output's size, like FLUX's."""
+
+    def sigmas(self, steps: int, size: tuple[int, int]) -> Tensor:
+        return schedules.flow_match_sigmas(steps, 1.0 + size[0] / 8)
+
+
+@pytest.mark.parametrize("how", [*SOLVERS, "flow_sde", "cps"])
+def test_samples_with_their_own_grids_equal_one_by_one(how: str) -> None:
+    sde = how not in SOLVERS
+    options = {"kind": how, "eta": 0.5, "window": (1, 3), "keep": ("log_probs",)} if sde else {"solver": how}
+    together = sample_flow(Dynamic(), MIXED, steps=5, seeds=[1, 2, 3], **options)
+    assert together.sigmas is not None and together.sigmas.shape == (3, 6)
+    times: list[Tensor] = []
+
+    def watch(pipe: object, k: int, time: Tensor, given: dict[str, Tensor]) -> None:
+        times.append(time)
+
+    sample_flow(Dynamic(), MIXED, steps=5, seeds=[1, 2, 3], callback_on_step_end=watch)
+    assert torch.allclose(torch.stack(times, 1), 1000 * together.sigmas[:, :-1], atol=1e-3)
+    for k, c in enumerate(MIXED):
+        alone = sample_flow(Dynamic(), [c], steps=5, seeds=[k + 1], **options)
+        _, _, h, w = alone.latents.shape
+        assert torch.equal(together.latents[k : k + 1, :, :h, :w], alone.latents)
+        assert torch.equal(together.sigmas[k], alone.sigmas)
+        if sde:
+            assert torch.allclose(together.log_probs[k : k + 1], alone.log_probs, atol=1e-6, equal_nan=True)
+
+
+def test_a_model_s_own_guidance_takes_the_place_of_the_usual_line() -> None:
+    class Careful(Toy):
+        def guide(self, v_neg: Tensor, v_pos: Tensor, guidance: float) -> Tensor:
+            return v_pos
+
+    plain = sample_flow(Toy(), [condition(0.5)], steps=3, seeds=[1])
+    pair = {"guidance": 4.0, "negative": [condition(-0.5)]}
+    assert torch.equal(sample_flow(Careful(), [condition(0.5)], steps=3, seeds=[1], **pair).latents, plain.latents)
+    assert not torch.equal(sample_flow(Toy(), [condition(0.5)], steps=3, seeds=[1], **pair).latents, plain.latents)

@@ -45,25 +45,27 @@ def sample_flow(
 ) -> Rollout:
     """Sample one output for each condition, in one batch of any sizes and reference counts.
 
-    The grid is `sigmas` [T + 1] (descending) or the model's own for `steps`. Noise of sample i is a function of
-    seeds[i] alone: x_T from (seed, `noise_purpose`), step k's from (seed, "step", k); so it does not depend on the
-    batch. `init_latents` (one [C, h, w] each, or padded [B, C, H, W]) take x_T's place.
+    The grid is `sigmas` [T + 1] (descending) or the model's own for `steps`; where that depends on the output's size,
+    each sample of a mixed batch walks its own, and the rollout's `sigmas` are [B, T + 1]. Noise of sample i is a
+    function of seeds[i] alone: x_T from (seed, `noise_purpose`), step k's from (seed, "step", k); so it does not depend
+    on the batch. `init_latents` (one [C, h, w] each, or padded [B, C, H, W]) take x_T's place.
 
     With `guidance` > 1, each step is one velocity call on [negative, positive] and
-    v = v_neg + guidance (v_pos - v_neg) in fp32 (arXiv 2207.12598); references belong to both halves, so guidance
-    acts on the text only.
+    v = v_neg + guidance (v_pos - v_neg) in fp32 (arXiv 2207.12598), or what the model's own `guide` makes of the two;
+    references belong to both halves, so guidance acts on the text only.
 
     Steps inside `window` = (start, stop) take the SDE `kind` with noise level `eta` (see `kernels`), the others the
     ODE `solver`; an SDE kind without a window is used everywhere (Flow-GRPO-Fast, MixGRPO: arXiv 2507.21802).
     `keep` names what the rollout stores besides the final latents: "trajectory" [B, T + 1, C, H, W] in fp32, and
     "log_probs" [B, T], NaN at the ODE steps, which have none.
 
-    `callback_on_step_end` has diffusers' signature, with the model as pipe and timestep 1000 sigma. It gets the
-    tensors named in `callback_tensor_inputs` ("latents", or a tensor of the model's batch, which has 2B rows under
-    guidance) and may return changed ones. Raises WeftError for whatever does not fit together.
+    `callback_on_step_end` has diffusers' signature, with the model as pipe and timestep 1000 sigma ([B] if samples walk
+    their own grids). It gets the tensors named in `callback_tensor_inputs` ("latents", or a tensor of the model's
+    batch, which has 2B rows under guidance) and may return changed ones. Raises WeftError for whatever does not fit
+    together.
     """
-    grid = _grid(model, conditions, steps, sigmas)
-    total = len(grid) - 1
+    grids = _grids(model, conditions, steps, sigmas)
+    total, shared = len(grids[0]) - 1, all(grid == grids[0] for grid in grids)
     _check(conditions, seeds, guidance, negative, solver, kind, eta, keep, group_ids)
     start, stop = _window(window, kind, total)
     guided = guidance > 1
@@ -75,21 +77,22 @@ def sample_flow(
     x, valid = x.to(device), valid if valid is None else valid.to(device)
 
     trajectory, log_probs = [x], []
-    past: Past | None = None
+    past: list[Past] | None = None
     for k in tqdm(range(total), desc="sampling", unit="step", disable=not progress):
-        s, s_next = grid[k], grid[k + 1]
-        v = _velocity(model, x, s, batch, guidance if guided else None)
+        now, then = [grid[k] for grid in grids], [grid[k + 1] for grid in grids]
+        v = _velocity(model, x, now, batch, guidance if guided else None)
         noisy = start <= k < stop
         if noisy:
             shapes = [_shape(model, c) for c in conditions]
             noise, _ = pad_latents([rng.normal(z, seed, "step", k) for z, seed in zip(shapes, seeds, strict=True)])
+            s, s_next = (now[0], then[0]) if shared else (_column(now), _column(then))
             result = kernels.step(x, v, s, s_next, noise.to(device), kind=kind, eta=eta, valid=valid)
             x_next, log_prob = result.x_next, result.log_prob
         else:
-            x_next, log_prob = SOLVERS[solver](x, v, s, s_next, past), None
-        past = None if noisy and solver not in KEEPS_PAST else Past(s, v, x - s * v)
+            x_next, log_prob = _solve(solver, x, v, now, then, past, shared), None
+        past = None if noisy and solver not in KEEPS_PAST else _remember(x, v, now, shared)
         if callback_on_step_end is not None:
-            time = torch.tensor(1000 * s, dtype=torch.float32, device=device)
+            time = torch.tensor(now[0] if shared else now, dtype=torch.float64, device=device).mul(1000).float()
             given = _inputs(callback_tensor_inputs, x_next, batch)
             changed = _changes(given, callback_on_step_end(model, k, time, dict(given)))
             if "latents" in changed:
@@ -110,7 +113,7 @@ def sample_flow(
         group_ids=list(ids if group_ids is None else group_ids),
         sizes=[c.size for c in conditions],
         latents=x,
-        sigmas=torch.tensor(grid, dtype=torch.float32),
+        sigmas=torch.tensor(grids[0] if shared else grids, dtype=torch.float32),
         trajectory=torch.stack(trajectory, 1) if "trajectory" in keep else None,
         log_probs=torch.stack(log_probs, 1) if "log_probs" in keep else None,
     )
@@ -139,13 +142,41 @@ def pad_latents(latents: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     return out, valid
 
 
-def _velocity(model: FlowModel, x: Tensor, sigma: float, batch: Batch, guidance: float | None) -> Tensor:
+def _velocity(model: FlowModel, x: Tensor, now: list[float], batch: Batch, guidance: float | None) -> Tensor:
     """Velocity in fp32, guided or not: exactly one call of the model."""
+    sigma = x.new_tensor(now)
     if guidance is None:
-        return model.velocity(x, x.new_full((len(x),), sigma), batch).float()
-    both = model.velocity(torch.cat([x, x]), x.new_full((2 * len(x),), sigma), batch).float()
+        return model.velocity(x, sigma, batch).float()
+    both = model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), batch).float()
     v_neg, v_pos = both.chunk(2)
-    return v_neg + guidance * (v_pos - v_neg)
+    return guided(model, v_neg, v_pos, guidance)
+
+
+def guided(model: FlowModel, v_neg: Tensor, v_pos: Tensor, guidance: float) -> Tensor:
+    """The guided velocity: the model's own `guide(v_neg, v_pos, guidance)` if it has one, else the usual line."""
+    own = getattr(model, "guide", None)
+    return v_neg + guidance * (v_pos - v_neg) if own is None else own(v_neg, v_pos, guidance)
+
+
+def _solve(
+    solver: str, x: Tensor, v: Tensor, now: list[float], then: list[float], past: list[Past] | None, shared: bool
+) -> Tensor:
+    """One ODE step of the batch, or of each sample on its own grid."""
+    take = SOLVERS[solver]
+    if shared:
+        return take(x, v, now[0], then[0], past[0] if past else None)
+    rows = [take(x[i : i + 1], v[i : i + 1], now[i], then[i], past[i] if past else None) for i in range(len(x))]
+    return torch.cat(rows)
+
+
+def _remember(x: Tensor, v: Tensor, now: list[float], shared: bool) -> list[Past]:
+    if shared:
+        return [Past(now[0], v, x - now[0] * v)]
+    return [Past(s, v[i : i + 1], x[i : i + 1] - s * v[i : i + 1]) for i, s in enumerate(now)]
+
+
+def _column(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _shape(model: FlowModel, condition: Condition) -> tuple[int, int, int]:
@@ -170,19 +201,21 @@ def _start(
     return pad_latents(own)
 
 
-def _grid(
+def _grids(
     model: FlowModel, conditions: Sequence[Condition], steps: int | None, sigmas: Sequence[float] | Tensor | None
-) -> list[float]:
-    """The sigmas [T + 1] as numbers: the fp32 values, so that coefficients are computed from what the model sees."""
+) -> list[list[float]]:
+    """The sigmas [T + 1] of each sample as numbers: the fp32 values, so coefficients are of what the model sees."""
     if not conditions:
         raise WeftError("nothing to sample: the list of conditions is empty")
-    if sigmas is None:
-        if steps is None or steps < 1:
-            raise WeftError(f"steps is {steps}; it must be at least 1 (or pass sigmas)")
-        grids = [model.sigmas(steps, size) for size in dict.fromkeys(c.size for c in conditions)]
-        if any(not torch.equal(grid, grids[0]) for grid in grids):
-            raise WeftError("the sizes of this batch have different grids; batch one size at a time or pass sigmas")
-        sigmas = grids[0]
+    if sigmas is not None:
+        return [_grid(sigmas, steps)] * len(conditions)
+    if steps is None or steps < 1:
+        raise WeftError(f"steps is {steps}; it must be at least 1 (or pass sigmas)")
+    own = {size: _grid(model.sigmas(steps, size), steps) for size in dict.fromkeys(c.size for c in conditions)}
+    return [own[c.size] for c in conditions]
+
+
+def _grid(sigmas: Sequence[float] | Tensor, steps: int | None) -> list[float]:
     grid = torch.as_tensor(sigmas, dtype=torch.float32).tolist()
     if len(grid) < 2 or (steps is not None and len(grid) != steps + 1):
         raise WeftError(f"{len(grid)} sigmas for {steps} steps; a grid has one value more, the last usually 0")
