@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import binary_dilation, uniform_filter
+from scipy.ndimage import binary_dilation, gaussian_filter, uniform_filter
 
 from weft.errors import WeftError
 from weft.record import Record
@@ -37,6 +37,7 @@ from weft.world.scene import (
 ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "pattern": PATTERNS, "size": SIZES}
 GLOBALS = {"light": LIGHTS, "style": STYLES, "tone": TONES}
 # Calibrated on pictures that went through a VAE of 8x downsampling and on one-attribute-wrong pictures.
+SOFT = 0.8  # blur in units on both sides of every comparison: it is about what is shown, not about sharpness
 THING_RMSE = 0.15  # of a thing's window, in 0..1: more is no drawing of this thing
 EMPTY_LOCAL = 0.11  # mean difference in a 5 x 5 window where nothing may lie
 COLLATERAL = 0.06  # mean absolute change outside the edit mask
@@ -82,7 +83,8 @@ def judge(record: Record, image: Image.Image) -> Verdict:
     height, width = record.meta["world"]["size"]
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    x = np.asarray(image.convert("RGB"), np.float32) / 255
+    raw = np.asarray(image.convert("RGB"), np.float32) / 255
+    x = _soft(raw)
     placed = {op["cell"] for op in plan if op["op"] == "add"} | {op["to"] for op in plan if op["op"] == "move"}
     fitted, wrong = target, {}
     for i, thing in enumerate(target.things):
@@ -96,11 +98,21 @@ def judge(record: Record, image: Image.Image) -> Verdict:
     if source is not None:
         outside = ~edit_mask(record)
         if outside.mean() > MUCH:
-            change = x[outside] - render_array(source, height, width)[outside] / 255
+            change = raw[outside] - render_array(source, height, width)[outside] / 255
             collateral = float(np.abs(change).mean())
             psnr = float(-10 * np.log10(max(float((change**2).mean()), 1e-10)))
     requests = _requests(source, target, plan, set(wrong), collateral)
     return Verdict(all(requests.values()), requests, collateral, psnr, wrong)
+
+
+def _soft(picture: np.ndarray) -> np.ndarray:
+    sigma = SOFT * min(picture.shape[:2]) / 64
+    return gaussian_filter(picture, (sigma, sigma, 0), mode="nearest")
+
+
+def _synth(scene: Scene, height: int, width: int) -> np.ndarray:
+    """A scene as the oracle compares it: drawn, soft, in 0..1."""
+    return _soft(render_array(scene, height, width) / 255)
 
 
 def _requests(
@@ -143,9 +155,9 @@ def _identify(x: np.ndarray, scene: Scene, i: int, slack: int, free: bool) -> tu
     h, w = window.shape[:2]
     others = replace(scene, things=scene.things[:i] + scene.things[i + 1 :])
     candidates = [("", thing), *_alternatives(thing)]
-    drawn = [render_array(others.plus(t), height, width)[rows, cols].ravel() for _, t in candidates]
-    drawn.append(render_array(others, height, width)[rows, cols].ravel())
-    synth = np.stack(drawn) / 255  # [A, n]
+    drawn = [_synth(others.plus(t), height, width)[rows, cols].ravel() for _, t in candidates]
+    drawn.append(_synth(others, height, width)[rows, cols].ravel())
+    synth = np.stack(drawn)  # [A, n]
     reach = round(slack * unit)
     padded = np.pad(window, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
     shifts = [(dy, dx) for dy in range(-reach, reach + 1) for dx in range(-reach, reach + 1)]
@@ -167,7 +179,7 @@ def _empty_cells(x: np.ndarray, scene: Scene) -> dict[str, str]:
     """Quadrants that should be empty and are not."""
     height, width = x.shape[:2]
     unit = min(height, width) / 64
-    difference = np.abs(x - render_array(scene, height, width) / 255).mean(-1)
+    difference = np.abs(x - _synth(scene, height, width)).mean(-1)
     local = uniform_filter(difference, round(5 * unit))
     local[coverage(scene, scene.things, height, width, grow=6)] = 0  # edges of the things that should be there
     found = {}
@@ -183,7 +195,7 @@ def _global(x: np.ndarray, scene: Scene) -> dict[str, str]:
     height, width = x.shape[:2]
 
     def error(s: Scene, mask: np.ndarray | None = None) -> float:
-        square = (x - render_array(s, height, width) / 255) ** 2
+        square = (x - _synth(s, height, width)) ** 2
         return float(square.mean() if mask is None else square[mask].mean())
 
     found = {}
