@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 import uuid
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -95,6 +96,14 @@ FLUX = Parts(
         "tokenizer": "transformers:AutoTokenizer",
         "tokenizer_2": "transformers:AutoTokenizer",
     },
+)
+METAQUERY = Parts(
+    {
+        "transformer": "diffusers:SD3Transformer2DModel",
+        "vae": "diffusers:AutoencoderKL",
+        "conditioner": "weft.models.image.connector:StableDiffusion3Conditioner",
+    },
+    {"scheduler": "diffusers:FlowMatchEulerDiscreteScheduler"},
 )
 
 
@@ -287,7 +296,9 @@ def load_lora(transformer: Any, path: Path, name: str) -> None:
     _check_base(transformer, state, file)
     metadata = _lora_config(file)
     load = partial(transformer.load_lora_adapter, state, prefix="transformer", adapter_name=name, metadata=metadata)
-    _guard(file, load)
+    with warnings.catch_warnings():  # peft warns about a second adapter, which is what is asked for here
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        _guard(file, load)
 
 
 def _check_base(transformer: Any, state: dict[str, Tensor], file: Path) -> None:
