@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from tiny import tiny_kontext_folder
+from tiny import tiny_flux_folder, tiny_kontext_folder
 from weft.train import read_recipe
 from weft.train.feed import stage_sizes
 from weft.train.loop import Trainer
@@ -18,29 +18,38 @@ FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 RECIPES = [path for path in FILES if "data" in yaml.safe_load(path.read_text(encoding="utf-8"))]
 
 
+TASKS = ("generate", "edit", "multi_generate", "multi_edit")
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_kontext_folder(tmp_path_factory.mktemp("model") / "tiny")
+def folders(tmp_path_factory):
+    """A tiny model of each family by a part of the real one's name."""
+    root = tmp_path_factory.mktemp("model")
+    return {"FLUX": tiny_flux_folder(root / "flux"), "": tiny_kontext_folder(root / "kontext")}
 
 
 def tiny_source(source, group):
     """The embedded world in place of a real set; a source that is the world already keeps its own arguments."""
     if source.get("call", "").startswith("weft.world:"):
         return {**source, "args": {**source.get("args", {}), "count": 4}}
-    return {"call": "weft.world:records", "args": {"count": 4, "tasks": ["generate" if "gen" in group else "edit"]}}
+    task = group if group in TASKS else "generate" if "gen" in group else "edit"
+    return {"call": "weft.world:records", "args": {"count": 4, "tasks": [task]}}
 
 
-def shrunk(path, folder, out):
+def shrunk(path, folders, out):
     tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    tree["model"]["path"] = str(folder)
+    tree["model"]["path"] = str(next(folder for name, folder in folders.items() if name in tree["model"]["path"]))
     for item in tree["data"]:
         item["source"] = tiny_source(item["source"], item.get("batch_group", "edit"))
     for name in ("validate", "grid"):
         if tree.get(name):
-            tree[name] |= {"source": tiny_source(tree[name]["source"], "edit"), "count": 2}
+            group = tree["data"][0].get("batch_group", "edit")
+            tree[name] |= {"source": tiny_source(tree[name]["source"], group), "count": 2}
     if tree.get("grid"):
         tree["grid"]["steps"] = 2
     for stage in tree.get("stages", []):  # the tiny position table ends at 384 pixels
+        if stage.pop("buckets", None) is not None:
+            stage["size"], stage["aspects"], stage["multiple"] = 64, ["1:1", "3:2"], 16
         stage["size"] = min(stage.get("size", 64), 128)
         stage |= {key: small for key, small in (("batch_size", 2), ("accumulate", 1)) if key in stage}
     tree["run"] |= {"folder": str(out), "batch_size": 2, "accumulate": min(2, tree["run"].get("accumulate", 1))}
@@ -49,8 +58,8 @@ def shrunk(path, folder, out):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT / "recipes")))
-def test_two_steps(path, folder, tmp_path):
-    recipe = read_recipe(shrunk(path, folder, tmp_path))
+def test_two_steps(path, folders, tmp_path):
+    recipe = read_recipe(shrunk(path, folders, tmp_path))
     trainer = Trainer(recipe, {}, lambda line: None)
     before = {k: p.detach().clone() for k, p in trainer.parameters.items()}
     trainer.prepare_data()

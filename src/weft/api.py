@@ -9,7 +9,7 @@ model.edit("scene.png", weft.weave("give the star the material of {cloth.png}"))
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -232,12 +232,14 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     lora: Sequence[str | tuple[str, float]] = (),
+    adapters: str | Path | Mapping[str, str] | None = None,
     attention_backend: str | None = None,
     tiling: bool = False,
     slicing: bool = False,
     offload: str = "none",
     quantization: str | dict[str, str] | None = None,
     resolution: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Model:
     """Load a zoo name, a folder in diffusers layout, or a hub id; the options are those of `weft.models.load.load`.
 
@@ -249,8 +251,9 @@ def load(
 
     folder = find_model(str(model))
     flow = load_flow(
-        folder, device=device, dtype=dtype, lora=lora, attention_backend=attention_backend, tiling=tiling,
-        slicing=slicing, offload=offload, quantization=quantization, resolution=resolution,
+        folder, device=device, dtype=dtype, lora=lora, adapters=adapters, attention_backend=attention_backend,
+        tiling=tiling, slicing=slicing, offload=offload, quantization=quantization, resolution=resolution,
+        options=options,
     )  # fmt: skip
     flow.name = str(model)  # in results and reports, the model rather than its family
     return Model(flow, str(model), read_defaults(folder, Defaults(flow.steps, flow.guidance)))

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -34,6 +34,12 @@ class ModelOptions:
         default_factory=list
     )
     """An adapter and its strength, as style.safetensors:0.8; can be repeated."""
+    adapters: Text = None
+    """A folder with adapters that are switched by what is asked for, as DreamOmni2's edit_lora and gen_lora."""
+    option: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = field(
+        default_factory=list
+    )
+    """An option of the model's family, as reference_tokens=4096 or layout=mosaic; can be repeated."""
     device: Text = None
     """cpu, cuda, cuda:1, mps; default: the best that is here."""
     dtype: Annotated[Literal["fp32", "bf16", "fp16"] | None, QUIET] = None
@@ -60,13 +66,25 @@ class ModelOptions:
             device=self.device,
             dtype=self.dtype,
             lora=self.lora,
+            adapters=self.adapters,
             attention_backend=self.attention,
             tiling=self.tiling,
             slicing=self.slicing,
             offload=self.offload,
             quantization=self.quantization,
             resolution=self.resolution,
+            options=dict(parse_option(text) for text in self.option),
         )
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """Name and value of "name=value"; values are written as in YAML."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise WeftError(f"--option {text}: not of the form name=value, as layout=mosaic")
+    return name, yaml.safe_load(value)
 
 
 @dataclass(kw_only=True)

@@ -34,7 +34,8 @@ class LoraRecipe:
 @dataclass(slots=True)
 class ModelRecipe:
     """What is trained. `path` is a folder or zoo name; `train` names modules (default: `transformer`, or for a
-    `trainable` class all its modules). `dtype` is that of the frozen weights: trained ones are always fp32."""
+    `trainable` class all its modules). `dtype` is that of the frozen weights: trained ones are always fp32. `options`
+    are the model family's own (see `weft.models.load`)."""
 
     path: str | None = None
     train: list[str] | None = None
@@ -42,6 +43,7 @@ class ModelRecipe:
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
     attention_backend: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

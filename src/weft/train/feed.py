@@ -116,7 +116,7 @@ def fingerprint(trainable: Trainable, trained: Iterable[str], args: dict[str, An
     digest = hashlib.sha256()
     kind = type(trainable)
     digest.update(json.dumps([kind.__module__, kind.__qualname__, args], sort_keys=True, default=str).encode())
-    facts: dict[str, Any] = {"resolution": getattr(trainable, "resolution", None)}
+    facts: dict[str, Any] = {name: getattr(trainable, name, None) for name in ("resolution", "options")}
     for name, part in sorted(getattr(trainable, "parts", {}).items()):
         if hasattr(part, "get_vocab"):  # a tokenizer
             facts[name] = [part.model_max_length, sorted(part.get_vocab().items())]
@@ -241,7 +241,7 @@ class Feed:
         model: Any = self.trainable
         own = getattr(model, "resolution", None)
         if size is not None and own is not None:
-            model.resolution = max(size)
+            model.resolution = getattr(model, "resolution_of", max)(size)
         try:
             yield
         finally:

@@ -36,7 +36,9 @@ def make_trainable(recipe: Recipe, device: torch.device) -> Trainable:
         dtype = DTYPES[recipe.model.dtype]
         backend = recipe.model.attention_backend
         assert recipe.model.path is not None  # checked with the recipe
-        return load(recipe.model.path, device=device, dtype=dtype, attention_backend=backend)
+        return load(
+            recipe.model.path, device=device, dtype=dtype, attention_backend=backend, options=recipe.model.options
+        )
     kind = load_object(recipe.trainable, "trainable")
     args = dict(recipe.trainable_args)
     known = list(inspect.signature(kind).parameters)

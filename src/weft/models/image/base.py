@@ -141,6 +141,10 @@ class ImageFlow:
         """The size at which a picture of `size` is encoded."""
         raise NotImplementedError
 
+    def resolution_of(self, size: flow.Size) -> int:
+        """The `resolution` at which the family's own pictures are as large as one of `size`."""
+        return max(size)
+
     def output_size(self, inputs: Sequence[flow.Size], aligned: flow.Size | None) -> flow.Size:
         """The output's size where the record names none: that of the picture it is `aligned` with, else square."""
         return (self.resolution, self.resolution) if aligned is None else self.own_size(aligned)

@@ -132,6 +132,10 @@ class FluxKontext(ImageFlow):
         aspect = size[1] / size[0]
         return min((abs(aspect - w / h), w, h, (h, w)) for h, w in self.formats())[-1]
 
+    def resolution_of(self, size: flow.Size) -> int:
+        """The edge of the square of the same area, rounded to what latents allow."""
+        return max(1, round((size[0] * size[1]) ** 0.5 / self.multiple)) * self.multiple
+
     def output_size(self, inputs: Sequence[flow.Size], aligned: flow.Size | None) -> flow.Size:
         """The source's own format; with `parity` the release's rule applied to it, which rounds areas down again."""
         size = super().output_size(inputs, aligned)
