@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 import weft
 from weft.errors import WeftError
 from weft.models.image.flux_kontext import FluxKontext, FluxOptions
+from weft.models.image.metaquery import MetaQueryOptions, UniPic2MetaQuery
 from weft.models.image.sd3_kontext import UniPic2Kontext
 from weft.models.routing import ROUTES
 from weft.models.weights import (
@@ -27,6 +28,7 @@ from weft.models.weights import (
     read_index,
     read_json,
 )
+from weft.models.weights import METAQUERY as METAQUERY_PARTS
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,16 @@ class Family:
     options: type | None
     quantized: tuple[str, ...]
     order: tuple[str, ...]
+    beside: Callable[..., dict[str, Any]] | None = None
+    """Reads parts that lie elsewhere: (folder, options, dtype, quantization, device_map) -> parts."""
+
+
+def _vlm_parts(
+    folder: Path, options: Any, dtype: torch.dtype, configs: Mapping[str, Any], place: Any
+) -> dict[str, Any]:
+    from weft.models.image.metaquery_parts import vlm_parts
+
+    return vlm_parts(folder, options, dtype, configs.get("vlm"), place)
 
 
 UNIPIC2 = Family(
@@ -55,11 +67,20 @@ KONTEXT = Family(
     ("transformer", "text_encoder_2"),
     ("text_encoder", "text_encoder_2", "transformer", "vae"),
 )
+METAQUERY = Family(
+    UniPic2MetaQuery,
+    METAQUERY_PARTS,
+    MetaQueryOptions,
+    ("transformer", "vlm"),
+    ("vlm", "conditioner", "transformer", "vae"),
+    _vlm_parts,
+)
 FAMILIES = {
     "StableDiffusion3Pipeline": UNIPIC2,
     "StableDiffusion3KontextPipeline": UNIPIC2,
     "FluxKontextPipeline": KONTEXT,
     "DreamOmni2Pipeline": KONTEXT,
+    "UniPic2MetaQueryPipeline": METAQUERY,
 }
 """Families by the pipeline class that a folder's index declares."""
 TRANSFORMERS = {"SD3Transformer2D": "StableDiffusion3Pipeline", "FluxTransformer2D": "FluxKontextPipeline"}
@@ -114,6 +135,8 @@ def load(
     configs = quantization_configs(quantization, kind, target, family)
     place = {"": target} if configs else None
     parts = load_parts(folder, family.parts, dtype=kind, quantization=configs, device_map=place)
+    if family.beside is not None:
+        parts |= family.beside(folder, wanted, kind, configs, place)
     arguments: dict[str, Any] = {} if wanted is None else {"options": wanted}
     model: Any = family.model(
         parts,
@@ -184,6 +207,8 @@ def find_model(name: str) -> Path:
 def _declared(folder: Path) -> str:
     """The pipeline class a folder declares; a release without an index is recognised by its transformer."""
     index = read_index(folder)
+    if (folder / "conditioner" / "config.json").is_file():  # diffusers knows no class for the whole
+        return "UniPic2MetaQueryPipeline"
     if index:
         return str(index.get("_class_name"))
     config = folder / "transformer" / "config.json"
@@ -240,7 +265,7 @@ def quantization_configs(
 
     configs: dict[str, Any] = {}
     for part, bits in wanted.items():
-        make = TransformersConfig if part.startswith("text") else DiffusersConfig
+        make = TransformersConfig if part.startswith(("text", "vlm")) else DiffusersConfig
         four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         configs[part] = make(**four) if bits == "4bit" else make(load_in_8bit=True)
     return configs

@@ -107,8 +107,9 @@ class Connector(nn.Module):
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList([ConnectorLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers: Any = nn.ModuleList([ConnectorLayer(config) for _ in range(config.num_hidden_layers)])
         self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Any = None  # set by diffusers with the flag
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -151,7 +152,7 @@ class StableDiffusion3Conditioner(ModelMixin, ConfigMixin):
 
 
 @torch.no_grad()
-def initialise(conditioner: StableDiffusion3Conditioner, seed: int = 0, *, zero_output: bool = True) -> None:
+def initialise(conditioner: Any, seed: int = 0, *, zero_output: bool = True) -> None:
     """Fresh weights for stage A, in place; a function of the seed.
 
     The connector as its released code draws it (Xavier-uniform matrices, MLP biases N(0, 1e-6)). The queries and
