@@ -31,7 +31,7 @@ from weft.train.config import build
 from weft.train.geometry import RolloutRecipe
 from weft.train.method import Setting
 from weft.train.online import Item, Online, chosen_steps
-from weft.train.policy import Policies, by_level, masked_mean, norm_excess, norm_ratio
+from weft.train.policy import Policies, anchor_of, by_level, masked_mean, norm_excess, norm_ratio
 from weft.types import Draw, Loss
 
 
@@ -95,10 +95,10 @@ class Grpo:
         if not (o.clip > 0 and (o.clip_high is None or o.clip_high > 0)):
             raise WeftError(f"method.options.clip is {o.clip}; it must be positive (usual: 1e-4)")
         self.advantage, self.filter, self.drop_zero = o.advantage, o.filter, o.drop_zero
-        self.reference = o.reference or ("off" if setting.lora else "start")
+        self.reference = anchor_of(o.reference, setting.lora)
         self.anchored = o.kl > 0 or o.norm_guard > 0
         start = self.anchored and self.reference == "start"
-        self.policies = Policies(setting.trained, setting.parameters, lora=setting.lora, old=False, start=start)
+        self.policies = Policies(setting.trained, setting.parameters, old=False, start=start)
         self.rollout: RolloutRecipe = setting.rollout
         self.worst, self.worst_first = 0.0, 0.0
 

@@ -26,7 +26,16 @@ from weft.train.config import build
 from weft.train.geometry import RolloutRecipe
 from weft.train.method import Setting
 from weft.train.online import Item, Online, chosen_steps
-from weft.train.policy import OldSchedule, Policies, by_level, masked_mean, norm_excess, norm_ratio, old_schedule
+from weft.train.policy import (
+    OldSchedule,
+    Policies,
+    anchor_of,
+    by_level,
+    masked_mean,
+    norm_excess,
+    norm_ratio,
+    old_schedule,
+)
 from weft.types import Draw, Loss
 
 FLOOR = 1e-5  # of the adaptive weight
@@ -90,10 +99,10 @@ class Nft:
             raise WeftError(f"method.options.beta is {o.beta}; it must be positive (usual: 1, or 0.1)")
         self.advantage, self.filter, self.drop_zero = o.advantage, o.filter, o.drop_zero
         self.schedule = old_schedule(o.old)
-        self.reference = o.reference or ("off" if setting.lora else "start")
+        self.reference = anchor_of(o.reference, setting.lora)
         self.anchored = o.kl > 0 or o.norm_guard > 0
         start = self.anchored and self.reference == "start"
-        self.policies = Policies(setting.trained, setting.parameters, lora=setting.lora, old=True, start=start)
+        self.policies = Policies(setting.trained, setting.parameters, old=True, start=start)
 
     def check(self, rollout: RolloutRecipe) -> None:
         """Any sampler is allowed. Raises WeftError if no noise level is left to train."""

@@ -80,9 +80,12 @@ class Online:
         recipe, name = setting.recipe, setting.recipe.method.name
         self.setting, self.objective = setting, objective
         if not isinstance(setting.model, FlowModel):
-            raise WeftError(
-                f"method {name} samples pictures: it trains flow models, not {type(setting.model).__name__}"
-            )
+            kind = type(setting.model).__name__
+            raise WeftError(f"method {name} samples pictures: it trains flow models, not {kind}")
+        if setting.rollout is None:
+            raise WeftError(f"method {name} needs a rollout section: groups, group_size, batch, steps ...")
+        if recipe.run.prefetch:
+            raise WeftError(f"method {name}: run.prefetch is of no use, rollouts depend on the weights; remove it")
         if recipe.run.accumulate != 1 or any(s.accumulate or s.batch_size for s in recipe.stages):
             raise WeftError(
                 f"method {name}: run.accumulate and the stages' batches are not used; an update takes rollout.groups x "

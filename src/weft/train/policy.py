@@ -47,13 +47,20 @@ def old_schedule(value: str | OldSchedule) -> OldSchedule:
     return OLD_SCHEDULES[value]
 
 
+def anchor_of(reference: str | None, lora: bool) -> str:
+    """Which weights the reference is: "off" or "start"; None takes "off" for a LoRA. Raises WeftError."""
+    if reference == "off" and not lora:
+        raise WeftError('reference "off" means the network without its LoRA, but full weights train; use "start"')
+    return reference or ("off" if lora else "start")
+
+
 class Policies:
     """`parameters` are the trained ones by name. `old` and `start` keep copies only if asked to (fp32, same device)."""
 
     def __init__(
-        self, trained: dict[str, nn.Module], parameters: dict[str, nn.Parameter], *, lora: bool, old: bool, start: bool
+        self, trained: dict[str, nn.Module], parameters: dict[str, nn.Parameter], *, old: bool, start: bool
     ) -> None:
-        self.trained, self.parameters, self.lora = trained, parameters, lora
+        self.trained, self.parameters = trained, parameters
         self.old_is_default = old  # until the first optimiser step after a plain copy: one forward less
         self.copies: dict[str, dict[str, Tensor]] = {}
         for name, wanted in (("old", old), ("start", start)):
@@ -84,8 +91,6 @@ class Policies:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers = [m for module in self.trained.values() for m in module.modules() if isinstance(m, BaseTunerLayer)]
-        if not self.lora or not layers:
-            raise WeftError('reference "off" means the network without its LoRA, but full weights train; use "start"')
         try:
             for layer in layers:
                 layer.enable_adapters(False)

@@ -201,7 +201,8 @@ def _sample(
         )
     for i, sample in enumerate(batch):
         h, w = (edge // model.downsample for edge in conditions[i].size)
-        sample.sigmas = result.sigmas
+        assert result.sigmas is not None
+        sample.sigmas = result.sigmas.clone()  # a checkpoint stores it per sample
         sample.x0 = result.latents[i, :, :h, :w].float().cpu().clone()
         if result.trajectory is not None:
             sample.states = result.trajectory[i, start : stop + 1, :, :h, :w].float().cpu().clone()
