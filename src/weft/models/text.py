@@ -186,8 +186,10 @@ class T5Trainable:
         self.model.encoder.load_state_dict(self.encoder.encoder.state_dict())
         with torch.no_grad():
             self.model.shared.weight.copy_(self.encoder.shared.weight)
-            # T5's head starts at deviation 1, made for a rescaled input; this one starts with logits of order 1.
-            self.model.lm_head.weight.normal_(std=config.d_model**-0.5)
+        # A head of its own, as in T5 1.1 (the library ties it to the input embedding), with logits of order 1.
+        self.model.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        nn.init.normal_(self.model.lm_head.weight, std=config.d_model**-0.5)
+        self.model.config.scale_decoder_outputs = False
 
     def modules(self) -> dict[str, nn.Module]:
         """The whole encoder-decoder, under the name of the part that is kept."""
