@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from tiny import tiny_flux_folder, tiny_kontext_folder
+from tiny_metaquery import tiny_metaquery_folder
 from weft.train import read_recipe
 from weft.train.feed import stage_sizes
 from weft.train.loop import Trainer
@@ -25,7 +26,9 @@ TASKS = ("generate", "edit", "multi_generate", "multi_edit")
 def folders(tmp_path_factory):
     """A tiny model of each family by a part of the real one's name."""
     root = tmp_path_factory.mktemp("model")
-    return {"FLUX": tiny_flux_folder(root / "flux"), "": tiny_kontext_folder(root / "kontext")}
+    metaquery, vlm = tiny_metaquery_folder(root / "metaquery")
+    kontext = tiny_kontext_folder(root / "kontext")
+    return {"FLUX": tiny_flux_folder(root / "flux"), "metaquery": metaquery, "VLM": vlm, "": kontext}
 
 
 def tiny_source(source, group):
@@ -39,6 +42,14 @@ def tiny_source(source, group):
 def shrunk(path, folders, out):
     tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     tree["model"]["path"] = str(next(folder for name, folder in folders.items() if name in tree["model"]["path"]))
+    args = tree.get("trainable_args", {})
+    if "vlm" in args:
+        args |= {"vlm": str(folders["VLM"]), "dtype": "fp32", "resolution": 64}
+        if args.get("conditioner") == "new":
+            sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+            args |= {"queries": 4, "connector": sizes}
+        if "transformer" in args:
+            args["transformer"] = str(folders[""])
     for item in tree["data"]:
         item["source"] = tiny_source(item["source"], item.get("batch_group", "edit"))
     for name in ("validate", "grid"):
