@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tiny import tiny_kontext_folder
 
+from tiny import tiny_kontext_folder
 from weft.errors import WeftError
 from weft.models.text import ClipTrainable, T5Trainable
 from weft.record import Record, make_record
@@ -104,8 +104,8 @@ def test_clip_learns_and_saves_what_transformers_loads(folder: Path, tmp_path: P
 
     model = clip(folder)
     examples = model.examples(RECORDS)
-    losses = train(model, examples, 60, 5e-3)
-    assert losses[-1] < 0.5 * losses[0]
+    losses = train(model, examples, 160, 1e-3)  # colours first, shapes after a plateau
+    assert losses[-1] < 0.1 * losses[0]
     loss = model.loss(examples, Draw(0, 0, ["x"] * len(examples)))
     assert loss.metrics["top1"] == 1.0
     model.save(tmp_path)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_vae
 
+from tiny import tiny_vae
 from weft.errors import WeftError
 from weft.models.image.vae import (
     AutoencoderTrainable,

@@ -138,6 +138,7 @@ def make_vae(config: dict[str, Any], tokenizer: None) -> nn.Module:
     from diffusers import AutoencoderKL
     from diffusers.models.resnet import ResnetBlock2D
 
+    config = {"scaling_factor": 1.0, "shift_factor": 0.0} | config  # until training measures them
     lists = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
     levels = len(lists["block_out_channels"])
     model = AutoencoderKL(
