@@ -1,0 +1,95 @@
+"""Motion files by suffix: one function reads, one writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weft.errors import WeftError
+from weft.motion.clip import Motion
+
+if TYPE_CHECKING:
+    from weft.motion.files.amass import Body
+    from weft.motion.rig import Table
+    from weft.parts import Part
+
+READS = (".bvh", ".amc", ".npz", ".npy", ".glb")
+WRITES = (".bvh", ".glb", ".npz", ".npy", ".gif", ".mp4")
+
+
+def read_motion(
+    path: str | Path,
+    *,
+    fps: float | None = None,
+    table: str | Table = "auto",
+    bodies: dict[str, Body] | Body | None = None,
+    unit: str | None = None,
+    up: str | None = None,
+) -> Motion:
+    """The clip of a .bvh, .amc (its .asf beside it), .npy, .npz or .glb file on our 22 joints, y up, metres.
+
+    `fps` resamples (that of the file by default); `table`, `unit` and `up` as `weft.motion.rig.to_motion`; `bodies`
+    as `read_npz`. Raises `WeftError` for whatever is wrong with the file, by its name.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in READS:
+        raise WeftError(f"{path}: unknown suffix '{path.suffix}' for a movement, use one of {', '.join(READS)}")
+    if not path.is_file():
+        raise WeftError(f"{path} does not exist: check the path")
+    if suffix in (".npy", ".npz"):
+        from weft.motion.files.arrays import read_npy, read_npz
+
+        motion = read_npy(path) if suffix == ".npy" else read_npz(path, bodies=bodies)
+        return motion if fps is None else motion.resample(fps)
+    from weft.motion.files.acclaim import read_amc
+    from weft.motion.files.bvh import read_bvh
+    from weft.motion.files.glb import read_glb
+    from weft.motion.rig import to_motion
+
+    if suffix == ".glb":
+        rig = read_glb(path, fps=fps or 20.0)
+    else:
+        rig = read_bvh(path) if suffix == ".bvh" else read_amc(path)
+    try:
+        return to_motion(rig, table, fps=fps, unit=unit, up=up)
+    except WeftError as error:
+        raise WeftError(f"{path}: {error}") from error
+
+
+def write_motion(motion: Motion, path: str | Path, **options: Any) -> None:
+    """Writes .bvh, .glb, .npz, .npy, .gif or .mp4 by the suffix; options are those of the format's own writer."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in WRITES:
+        raise WeftError(f"{path}: cannot write the suffix '{Path(path).suffix}', use one of {', '.join(WRITES)}")
+    if suffix == ".bvh":
+        from weft.motion.files.bvh import write_bvh
+
+        write_bvh(motion, path, **options)
+    elif suffix == ".glb":
+        from weft.motion.files.glb import write_glb
+
+        write_glb(motion, path, **options)
+    elif suffix in (".npy", ".npz"):
+        from weft.motion.files import arrays
+
+        (arrays.write_npy if suffix == ".npy" else arrays.write_npz)(motion, path, **options)
+    else:
+        from weft.motion.files import video
+
+        (video.write_gif if suffix == ".gif" else video.write_mp4)(motion, path, **options)
+
+
+def load_part(part: Part, root: Path | None = None, *, fps: float | None = 20.0) -> Motion:
+    """The movement of a record's motion part, from its value in memory or its file below `root`.
+
+    Raises `WeftError` for a part of another type.
+    """
+    if part.type != "motion":
+        raise WeftError(f"a {part.type} part is not a movement: only motion parts can be loaded as one")
+    if part.value is None:
+        return read_motion(part.file(root), fps=fps)
+    motion = part.value.load() if hasattr(part.value, "load") else part.value
+    if not isinstance(motion, Motion):
+        raise WeftError(f"a motion part holds a {type(motion).__name__}: give a weft.motion.Motion")
+    return motion if fps is None else motion.resample(fps)

@@ -1,0 +1,121 @@
+"""NumPy files: features or joints in .npy, SMPL-style poses in .npz. Nothing here is ever unpickled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weft.errors import WeftError
+from weft.media import atomic_write
+from weft.motion.clip import Motion, from_features
+from weft.motion.files.amass import Body, amass_joints
+from weft.motion.ik import Pose, solve
+from weft.motion.rotation import from_matrix, multiply, to_axis_angle
+from weft.motion.skeleton import HUMANML3D, LAYOUTS, layout_of
+
+# z up to y up: a turn of -90 degrees about x
+_Z_UP = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])
+
+
+def load_array(path: str | Path) -> Any:
+    """What `numpy.load` gives without pickles. Raises `WeftError` for a file that is none, cut off or pickled."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise WeftError(f"{path} does not exist: check the path") from error
+    except Exception as error:  # a damaged zip or header raises many kinds
+        raise WeftError(
+            f"{path} is damaged, truncated or holds pickled objects ({error}): save plain arrays"
+        ) from error
+
+
+def read_npy(path: str | Path, *, fps: float | None = None) -> Motion:
+    """Features [T, 263 or 251] or joints [T, 22 or 21, 3] (also [T, 66], and more joints, hands, after the 22).
+
+    `fps` is the layout's by default. Raises `WeftError` for another shape or NaN.
+    """
+    array = load_array(path)
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise WeftError(f"{path}: not an array of numbers: save features or joints with numpy.save")
+    try:
+        if array.ndim == 3 and array.shape[0] == 1 and array.shape[2] in (263, 251):
+            array = array[0]
+        if array.ndim == 2 and array.shape[1] in (263, 251):
+            motion = from_features(array, meta={"file": Path(path).name})
+            return motion if fps is None else Motion(motion.joints, fps, motion.layout, motion.meta)
+        if array.ndim == 2 and array.shape[1] in (66, 63):
+            array = array.reshape(len(array), -1, 3)
+        if array.ndim == 3 and array.shape[2] == 3 and array.shape[1] >= 22:
+            array = array[:, :22]  # SMPL-H has hands after the body
+        if array.ndim != 3 or array.shape[2] != 3:
+            raise WeftError(f"shape {array.shape}: expected [T, 263], [T, 251], [T, 22, 3] or [T, 21, 3]")
+        layout = layout_of(array.shape[1])
+        return Motion(array, fps or layout.fps, layout, {"file": Path(path).name})
+    except WeftError as error:
+        raise WeftError(f"{path}: {error}") from error
+
+
+def write_npy(motion: Motion, path: str | Path, *, what: str = "joints") -> None:
+    """`what="joints"` writes [T, J, 3], "features" [T-1, 263 or 251] at the layout's frame rate."""
+    if what not in ("joints", "features"):
+        raise WeftError(f"what: '{what}' is unknown, use joints or features")
+    array = motion.joints if what == "joints" else motion.features()
+    with atomic_write(path) as handle:
+        np.save(handle, array, allow_pickle=False)
+
+
+def read_npz(path: str | Path, *, bodies: dict[str, Body] | Body | None = None) -> Motion:
+    """An .npz with `joints` (and `fps`), or with SMPL(-H) poses as AMASS has them, through a body model.
+
+    Raises `WeftError` for poses without a body model: joints depend on the body, whose files cannot be shipped.
+    """
+    data = load_array(path)
+    if isinstance(data, np.ndarray):
+        raise WeftError(f"{path}: one plain array: rename it to .npy")
+    keys = set(data.files)
+    try:
+        if "joints" in keys:
+            layout = LAYOUTS[str(data["layout"])] if "layout" in keys else HUMANML3D
+            fps = next(
+                (float(data[k]) for k in ("fps", "mocap_framerate", "mocap_frame_rate") if k in keys), layout.fps
+            )
+            return Motion(data["joints"][:, : len(layout.joints)], fps, layout, {"file": Path(path).name})
+        if not {"poses", "trans"} <= keys:
+            raise WeftError(f"holds {', '.join(sorted(keys)) or 'nothing'}: expected joints, or poses and trans")
+        if bodies is None:
+            raise WeftError(
+                "SMPL poses have no joints of their own: give a body model (SMPL-H model.npz from MANO's site)"
+            )
+        joints, fps = amass_joints({k: data[k] for k in data.files if data[k].dtype.kind != "O"}, bodies)
+        return Motion(joints[:, :22], fps, HUMANML3D, {"file": Path(path).name})
+    except WeftError as error:
+        raise WeftError(f"{path}: {error}") from error
+    except Exception as error:  # members of a cut zip fail when they are read
+        raise WeftError(f"{path} is damaged or holds pickled objects ({error}): save plain arrays") from error
+
+
+def write_npz(motion: Motion, path: str | Path) -> Pose:
+    """SMPL-style: `poses` [T, 66] and `trans` in AMASS's z-up axes, zero `betas`, and our `joints` beside them.
+
+    Rotations are fitted to a T-pose skeleton with the clip's own bone lengths, not to SMPL's surface; on a SMPL body
+    the pose is the same and the joints differ as the bodies do. `read_npz` takes `joints`, so nothing is lost.
+    """
+    pose = solve(motion)
+    turn = from_matrix(np.linalg.inv(_Z_UP)[None])[0]  # y up -> z up
+    rotations = pose.rotations.copy()
+    rotations[:, 0] = multiply(np.broadcast_to(turn, rotations[:, 0].shape), rotations[:, 0])
+    with atomic_write(path) as handle:
+        np.savez(
+            handle,
+            poses=to_axis_angle(rotations).reshape(len(rotations), -1).astype(np.float32),
+            trans=(pose.root @ _Z_UP).astype(np.float32),
+            betas=np.zeros(10, dtype=np.float32),
+            gender=np.array("neutral"),
+            mocap_framerate=np.array(motion.fps),
+            joints=motion.joints,
+            fps=np.array(motion.fps),
+            layout=np.array(motion.layout.name),
+        )
+    return pose

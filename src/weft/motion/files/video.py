@@ -1,0 +1,66 @@
+"""GIF and MP4 of a shaded figure."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from weft.errors import WeftError
+from weft.media import atomic_write
+from weft.motion.clip import Motion
+from weft.motion.render import Camera, render_frames
+
+
+def write_gif(
+    motion: Motion | Sequence[Motion],
+    path: str | Path,
+    *,
+    size: int | tuple[int, int] = 256,
+    camera: Camera | None = None,
+    fps: float = 20.0,
+) -> None:
+    """An endless GIF, one palette for all frames. GIF counts in hundredths of a second: 20, 25 and 50 fps are exact."""
+    frames = render_frames(motion, size=size, camera=camera, fps=fps)
+    sample = frames[:: max(len(frames) // 6, 1)][:6]
+    sheet = np.concatenate([np.asarray(f) for f in sample])
+    from PIL import Image
+
+    palette = Image.fromarray(sheet).quantize(128, method=Image.Quantize.MEDIANCUT)
+    reduced = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
+    with atomic_write(path) as handle:
+        reduced[0].save(
+            handle, format="GIF", save_all=True, append_images=reduced[1:], loop=0, duration=round(1000 / fps)
+        )
+
+
+def write_mp4(
+    motion: Motion | Sequence[Motion],
+    path: str | Path,
+    *,
+    size: int | tuple[int, int] = 384,
+    camera: Camera | None = None,
+    fps: float = 20.0,
+) -> None:
+    """H.264 in MP4 by ffmpeg (extra `motion`; IMAGEIO_FFMPEG_EXE names your own). Sizes must be even."""
+    try:
+        import imageio_ffmpeg
+    except ImportError as error:
+        raise WeftError("MP4 needs the extra 'motion' (pip install 'weft[motion]'); GIF does not") from error
+    height, width = (size, size) if isinstance(size, int) else size
+    if height % 2 or width % 2:
+        raise WeftError(f"size {height}x{width}: H.264 needs even numbers")
+    frames = render_frames(motion, size=size, camera=camera, fps=fps)
+    with tempfile.TemporaryDirectory() as folder:
+        made = os.path.join(folder, "clip.mp4")
+        writer = imageio_ffmpeg.write_frames(made, (width, height), fps=fps, quality=7, macro_block_size=2)
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+        data = Path(made).read_bytes()
+    with atomic_write(path) as handle:
+        handle.write(data)
