@@ -22,6 +22,7 @@ from weft.models.image.metaquery_parts import open_metaquery
 from weft.models.load import load
 from weft.record import make_record
 from weft.sample.rollout import sample_flow
+from weft.train import read_recipe
 from weft.types import Draw, FlowModel
 
 TOLERANCE = 1e-5
@@ -243,6 +244,41 @@ def test_a_new_conditioner_fits_starts_empty_and_is_a_function_of_its_seed(folde
     assert one.conditioner.projector_1.weight.dtype == torch.float32
     initialise(one.conditioner, zero_output=False)
     assert one.prepare(one.encode([make_record("a red star")]))["text"].any()
+
+
+def recipe(folders, out, train, **options):
+    source = {"call": "weft.world:records", "args": {"count": 6, "tasks": ["edit", "generate"]}}
+    args = {"vlm": str(folders[1]), "dtype": "fp32", "resolution": 64, **options}
+    return {
+        "model": {"path": str(folders[0]), "train": train},
+        "trainable": "weft.models.image.metaquery_parts:open_metaquery",
+        "trainable_args": args,
+        "data": [{"source": source}],
+        "cache": {"ahead": True, "drop_encoders": True},
+        "run": {"folder": str(out), "steps": 2, "batch_size": 2, "threads": 1},
+    }
+
+
+def test_with_frozen_queries_and_a_warm_cache_no_vlm_is_needed(folders, tmp_path):
+    from weft.train.loop import Trainer
+
+    trainer = Trainer(read_recipe(recipe(folders, tmp_path, ["transformer"], train_queries=False)), {}, print)
+    trainer.prepare_data()
+    assert next(trainer.model.vlm.parameters()).is_meta and not next(trainer.model.conditioner.parameters()).is_meta
+    assert torch.isfinite(torch.tensor(trainer.train_step()["loss"]))
+    first = trainer.model.example_facts()
+    trainer.model.queries.data += 1
+    assert trainer.model.example_facts() != first  # other queries, other states: the cache must know
+
+
+def test_trained_queries_keep_the_vlm_and_the_export_opens(folders, tmp_path):
+    from weft.train import run
+
+    result = run(recipe(folders, tmp_path, ["conditioner"]), say=lambda line: None)
+    made, first = load(result.export, device="cpu", resolution=64), opened(folders)
+    assert not torch.equal(made.queries, first.queries)
+    for a, b in zip(made.transformer.parameters(), first.transformer.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 # -- folders

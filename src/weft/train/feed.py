@@ -117,6 +117,8 @@ def fingerprint(trainable: Trainable, trained: Iterable[str], args: dict[str, An
     kind = type(trainable)
     digest.update(json.dumps([kind.__module__, kind.__qualname__, args], sort_keys=True, default=str).encode())
     facts: dict[str, Any] = {name: getattr(trainable, name, None) for name in ("resolution", "options")}
+    if hasattr(trainable, "example_facts"):
+        facts |= trainable.example_facts()
     for name, part in sorted(getattr(trainable, "parts", {}).items()):
         if hasattr(part, "get_vocab"):  # a tokenizer
             facts[name] = [part.model_max_length, sorted(part.get_vocab().items())]
@@ -215,7 +217,8 @@ class Feed:
         config = self.recipe.cache
         assert config is not None
         folder = Path(config.folder) if config.folder else Path(self.recipe.run.folder) / "cache"
-        narrow = ("text", "pooled") if config.text_dtype == "bf16" else ()
+        names = getattr(self.trainable, "text_tensors", ("text", "pooled"))
+        narrow = names if config.text_dtype == "bf16" else ()
         return ExampleCache(folder, shard=config.shard, narrow=narrow)
 
     def _buckets(self, sizes: list[Size] | None) -> dict[int, np.ndarray] | None:

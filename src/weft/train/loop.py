@@ -342,8 +342,9 @@ class Trainer:
                 self.validate()  # encodes the held-out examples while there is an encoder
             if hasattr(self.model, "empty_text"):
                 self.model.empty_text()
+            needed = {*self.trained, *getattr(self.model, "step_modules", lambda: ())()}
             for name, module in self.model.modules().items():
-                if name not in self.trained:
+                if name not in needed:
                     module.to("meta")
 
     def loop(self) -> None:

@@ -52,6 +52,8 @@ class ImageFlow:
     """The filter with which pictures are resized."""
     sees: ClassVar[str] = "raw"
     """Which pictures `states` gets: the "raw" ones, or the "inputs" at the size they are encoded at."""
+    text_tensors: ClassVar[tuple[str, ...]] = ("text", "pooled")
+    """The tensors of a condition that a cache may hold in 16 bits."""
     steps, guidance = 28, 3.5
     """Sampling defaults where the folder's `weft.json` names none; guidance is classifier-free."""
 
@@ -133,6 +135,14 @@ class ImageFlow:
 
     def settings(self) -> dict[str, Any]:
         """What `weft.json` has to say so that the saved folder opens as this model."""
+        return {}
+
+    def step_modules(self) -> tuple[str, ...]:
+        """The networks that a training step runs, whether they train or not; the others only encode."""
+        return ("transformer",)
+
+    def example_facts(self) -> dict[str, Any]:
+        """What examples depend on besides the networks that do not train, for the cache's fingerprint."""
         return {}
 
     # -- how the family sizes pictures; sizes are (height, width) in pixels

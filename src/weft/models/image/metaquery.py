@@ -7,6 +7,7 @@ position ids are those of SkyworkAI/UniPic, UniPic-2/scripts/unipic2_mq_{t2i,edi
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -86,6 +87,7 @@ class UniPic2MetaQuery(UniPic2Kontext):
 
     name = "metaquery"
     sees: ClassVar[str] = "inputs"
+    text_tensors: ClassVar[tuple[str, ...]] = ("states", "visual")
     optional_parts: ClassVar[tuple[str, ...]] = (
         *("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
         *UniPic2Kontext.optional_parts,
@@ -119,6 +121,15 @@ class UniPic2MetaQuery(UniPic2Kontext):
     def queries(self) -> Tensor:
         """The learned queries [Q, H]; they are trained if they require a gradient."""
         return self.conditioner.meta_queries
+
+    def step_modules(self) -> tuple[str, ...]:
+        """The VLM is needed at every step only while the queries train."""
+        return ("transformer", "conditioner", *(["vlm"] if self.queries.requires_grad else []))
+
+    def example_facts(self) -> dict[str, Any]:
+        """States of frozen queries depend on these queries, even if the rest of the conditioner trains."""
+        frozen = self.queries.detach().float().cpu().numpy().tobytes()
+        return {"queries": None if self.queries.requires_grad else hashlib.sha256(frozen).hexdigest()}
 
     # -- what the VLM reads
 
