@@ -29,6 +29,7 @@ COMMANDS = {
     "data check": ("weft.cli.data", "Check", "read every record and picture, and name what is wrong"),
     "data show": ("weft.cli.data", "Show", "an HTML page of records: inputs, instruction, target"),
     "data convert": ("weft.cli.data", "Convert", "any source (folder, parquet, ...) to weft's JSONL and pictures"),
+    "reward serve": ("weft.cli.reward", "Serve", "scorers behind HTTP, for trainers on this or other machines"),
     "doctor": ("weft.cli.checks", "Doctor", "versions, device, speed, extras, models, disk: what works here"),
 }
 INTERRUPTED = 130

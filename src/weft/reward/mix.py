@@ -86,7 +86,7 @@ class Mixture:
         parts: list[dict[str, float]] = [{} for _ in batch]
         reasons: list[list[str]] = [[] for _ in batch]
         for config in self.scorers:
-            for i, score in enumerate(_ask(config, batch)):
+            for i, score in enumerate(ask_scorer(config, batch)):
                 if score.value is None:
                     reasons[i].append(f"{config.name}: {score.reason}")
                     continue
@@ -141,7 +141,7 @@ def weight_at(weight: Weight, step: int) -> float:
     return float(np.interp(step, [p[0] for p in points], [p[1] for p in points]))
 
 
-def _ask(config: ScorerConfig, batch: Sequence[Pair]) -> list[Score]:
+def ask_scorer(config: ScorerConfig, batch: Sequence[Pair]) -> list[Score]:
     """The scorer's answer, or why there is none: every value finite, one Score per pair."""
     try:
         scores: list[Any] = list(config.scorer(batch))

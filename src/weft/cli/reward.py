@@ -1,0 +1,131 @@
+"""`weft reward serve`: scorers behind HTTP."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import Positional
+
+from weft.errors import WeftError
+
+# name -> what makes it; user code is named as file.py:name
+SCORERS = {
+    "judge": "weft.reward.judge:Judge",
+    "clip": "weft.reward.scorers.clip:CLIPScore",
+    "pickscore": "weft.reward.scorers.clip:PickScore",
+    "hpsv2": "weft.reward.scorers.clip:HPSv2",
+    "consistency": "weft.reward.scorers.consistency:Consistency",
+    "geneval": "weft.reward.scorers.geneval:GenEval",
+}
+Options = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]", help_behavior_hint="")]
+
+
+@dataclass
+class Serve:
+    """Serve scorers to trainers on this or other machines: POST /score, GET /scorers, GET /health.
+
+    One scorer is named here with its options; several stand in a YAML file: {name: {call: ..., args: {...}}}."""
+
+    scorer: Positional[str]
+    """judge, clip, pickscore, hpsv2, consistency, geneval, your own as file.py:name, or a YAML file of several."""
+    options: Positional[Options] = ()
+    """What the scorer takes, such as model=FOLDER variant=yes_no."""
+    host: str = "127.0.0.1"
+    """The address to listen on; one that other machines reach needs a token."""
+    port: int = 12341
+    token_env: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
+    """The environment variable that holds the bearer token (16 characters or more)."""
+    batch: int = 16
+    """Items that are scored at once, at most."""
+    wait: float = 0.01
+    """Seconds to wait for more items to score with the first."""
+    max_body: int = 64
+    """The largest request, in MiB."""
+    queue: int = 1024
+    """Items that may wait; more are told to come back later."""
+
+    def run(self) -> int:
+        token = None
+        if self.token_env is not None:
+            token = os.environ.get(self.token_env)
+            if not token:
+                raise WeftError(f"the environment variable {self.token_env} is not set: put the token there")
+        try:
+            from weft.reward.guard import make_server, run_server
+            from weft.reward.service import Limits
+        except ImportError as error:
+            raise WeftError("serving rewards needs an extra: pip install 'weft[reward]'") from error
+        limits = Limits(body=self.max_body << 20, queue=self.queue)
+        server, service = make_server(
+            self.scorers(),
+            host=self.host,
+            port=self.port,
+            token=token,
+            limits=limits,
+            batch=self.batch,
+            wait=self.wait,
+        )
+        print(f"serving {', '.join(service.batchers)} on http://{self.host}:{self.port}", flush=True)
+        run_server(server, service)
+        return 0
+
+    def scorers(self) -> dict[str, Any]:
+        """The scorers by name."""
+        import yaml
+
+        if self.scorer.endswith((".yaml", ".yml")):
+            if self.options:
+                raise WeftError(f"{self.options[0]}: with a YAML file, options stand in it")
+            path = Path(self.scorer)
+            if not path.is_file():
+                raise WeftError(f"{path}: no such file: check the path")
+            rows = yaml.safe_load(path.read_text("utf-8"))
+            if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+                raise WeftError(f"{path}: write name: {{call: ..., args: {{...}}}}")
+            for name, row in rows.items():
+                if extra := set(row) - {"call", "args"}:
+                    raise WeftError(f"{path}: {name}.{sorted(extra)[0]} is unknown: use call and args")
+            return {
+                str(name): make_scorer(str(row.get("call", name)), row.get("args") or {}) for name, row in rows.items()
+            }
+        args = {}
+        for option in self.options:
+            key, equals, value = option.partition("=")
+            if not equals:
+                raise WeftError(f"{option!r}: write KEY=VALUE")
+            args[key] = yaml.safe_load(value)
+        name = self.scorer if self.scorer in SCORERS else self.scorer.rpartition(":")[2]
+        return {name: make_scorer(self.scorer, args)}
+
+
+def make_scorer(call: str, args: dict[str, Any]) -> Any:
+    """A scorer by its name or dotted path. A class is built with `args`; a function is called with the batch and them.
+
+    Raises WeftError for a name that is not known, and for an argument that it lacks.
+    """
+    import functools
+
+    from weft.data.sources import resolve
+
+    if call not in SCORERS and ":" not in call:
+        raise WeftError(f"scorer {call!r} is unknown: use {', '.join(SCORERS)}, or your own as file.py:name")
+    found = resolve(SCORERS.get(call, call))
+    known = [name for name in inspect.signature(found).parameters]
+    for key in args:
+        if key not in known:
+            raise WeftError(f"scorer {call} has no option {key!r}; it has {', '.join(known)}")
+    if inspect.isclass(found):
+        needed = [
+            name
+            for name, parameter in inspect.signature(found).parameters.items()
+            if parameter.default is parameter.empty and name not in args
+        ]
+        if needed:
+            raise WeftError(f"scorer {call} needs {needed[0]}=...")
+        return found(**args)
+    return functools.partial(found, **args) if args else found
