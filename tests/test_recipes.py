@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from tiny import tiny_flux_folder, tiny_kontext_folder
+from tiny import tiny_flux_folder, tiny_kontext_folder, tiny_qwen_edit_folder
 from tiny_metaquery import tiny_metaquery_folder
 from weft.train import read_recipe
 from weft.train.feed import stage_sizes
@@ -27,8 +27,13 @@ def folders(tmp_path_factory):
     """A tiny model of each family by a part of the real one's name."""
     root = tmp_path_factory.mktemp("model")
     metaquery, vlm = tiny_metaquery_folder(root / "metaquery")
-    kontext = tiny_kontext_folder(root / "kontext")
-    return {"FLUX": tiny_flux_folder(root / "flux"), "metaquery": metaquery, "VLM": vlm, "": kontext}
+    return {
+        "FLUX": tiny_flux_folder(root / "flux"),
+        "Qwen-Image-Edit": tiny_qwen_edit_folder(root / "qwen"),
+        "metaquery": metaquery,
+        "VLM": vlm,
+        "": tiny_kontext_folder(root / "kontext"),
+    }
 
 
 def tiny_source(source, group):

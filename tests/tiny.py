@@ -243,6 +243,53 @@ def tiny_flux_folder(path: str | Path, seed: int = 0, *, layers: int = 1, single
     return _write_folder(Path(path), "FluxKontextPipeline", parts, ("image_encoder", "feature_extractor"), 64)
 
 
+def tiny_qwen_vae(seed: int = 0) -> nn.Module:
+    """AutoencoderKLQwenImage with the real geometry (8x, 16 channels, its statistics) and thin layers."""
+    from diffusers import AutoencoderKLQwenImage
+
+    return fill_(AutoencoderKLQwenImage(base_dim=4, dim_mult=[1, 1, 2, 2], num_res_blocks=1), "qwen_vae", seed)
+
+
+def tiny_qwen_edit_folder(path: str | Path, seed: int = 0, *, layers: int = 2, zero_cond_t: bool = False) -> Path:
+    """Write a random tiny Qwen-Image-Edit-2509 folder at a resolution of 64 (`zero_cond_t`: 2511), and return its path.
+
+    The VLM sees pictures of about 64 x 64 pixels.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+
+    from tiny_vlm import qwen_tokenizer, tiny_vlm_folder
+
+    transformer = QwenImageTransformer2DModel(
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+        zero_cond_t=zero_cond_t,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    parts = {
+        "transformer": ("diffusers", fill_(transformer, "qwen_transformer", seed)),
+        "vae": ("diffusers", tiny_qwen_vae(seed)),
+        "scheduler": ("diffusers", scheduler),
+        "tokenizer": ("transformers", qwen_tokenizer()),
+    }
+    folder = _write_folder(Path(path), "QwenImageEditPlusPipeline", parts, (), 64)
+    vlm = tiny_vlm_folder(folder / "processor", seed=seed)
+    (folder / "text_encoder").mkdir()
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (vlm / name).rename(folder / "text_encoder" / name)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index["text_encoder"] = ["transformers", "Qwen2_5_VLForConditionalGeneration"]
+    index["processor"] = ["transformers", "Qwen2VLProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    card = {"resolution": 64, "options": {"condition_area": 64 * 64}}
+    (folder / "weft.json").write_text(json.dumps(card) + "\n", encoding="utf-8")
+    return folder
+
+
 def _write_folder(
     folder: Path, pipeline: str, parts: dict[str, tuple[str, object]], missing: tuple[str, ...], resolution: int
 ) -> Path:

@@ -15,10 +15,12 @@ import weft
 from weft.errors import WeftError
 from weft.models.image.flux_kontext import FluxKontext, FluxOptions
 from weft.models.image.metaquery import MetaQueryOptions, UniPic2MetaQuery
+from weft.models.image.qwen_image_edit import QwenImageEdit, QwenOptions
 from weft.models.image.sd3_kontext import UniPic2Kontext
 from weft.models.routing import ROUTES
 from weft.models.weights import (
     FLUX,
+    QWEN_EDIT,
     SD3,
     Parts,
     find_adapters,
@@ -75,12 +77,20 @@ METAQUERY = Family(
     ("vlm", "conditioner", "transformer", "vae"),
     _vlm_parts,
 )
+QWEN = Family(
+    QwenImageEdit,
+    QWEN_EDIT,
+    QwenOptions,
+    ("transformer", "text_encoder"),
+    ("text_encoder", "transformer", "vae"),
+)
 FAMILIES = {
     "StableDiffusion3Pipeline": UNIPIC2,
     "StableDiffusion3KontextPipeline": UNIPIC2,
     "FluxKontextPipeline": KONTEXT,
     "DreamOmni2Pipeline": KONTEXT,
     "UniPic2MetaQueryPipeline": METAQUERY,
+    "QwenImageEditPlusPipeline": QWEN,
 }
 """Families by the pipeline class that a folder's index declares."""
 TRANSFORMERS = {"SD3Transformer2D": "StableDiffusion3Pipeline", "FluxTransformer2D": "FluxKontextPipeline"}

@@ -40,7 +40,8 @@ class Router:
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self.rows: dict[str, Tensor | None] = {}  # None: every row
-        self.layers = [m for m in module.modules() if hasattr(m, "lora_A") and any(n in m.lora_A for n in self.names)]
+        adapted: list[Any] = [m for m in module.modules() if hasattr(m, "lora_A")]
+        self.layers = [layer for layer in adapted if any(name in layer.lora_A for name in self.names)]
         for name in self.names:
             if not any(name in layer.lora_A for layer in self.layers):
                 raise WeftError(f"no adapter {name!r} is loaded; load its LoRA first")

@@ -97,6 +97,18 @@ FLUX = Parts(
         "tokenizer_2": "transformers:AutoTokenizer",
     },
 )
+QWEN_EDIT = Parts(
+    {
+        "transformer": "diffusers:QwenImageTransformer2DModel",
+        "vae": "diffusers:AutoencoderKLQwenImage",
+        "text_encoder": "transformers:Qwen2_5_VLForConditionalGeneration",
+    },
+    {
+        "scheduler": "diffusers:FlowMatchEulerDiscreteScheduler",
+        "tokenizer": "transformers:AutoTokenizer",
+        "processor": "weft.vlm.processor:Processor",
+    },
+)
 METAQUERY = Parts(
     {
         "transformer": "diffusers:SD3Transformer2DModel",
@@ -206,6 +218,10 @@ def _line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:300]
 
 
+INDEXED = {"Processor": ["transformers", "Qwen2VLProcessor"]}
+"""What an index calls classes of weft's own, so that diffusers opens the folder."""
+
+
 def save_folder(
     parts: dict[str, Any],
     folder: Path,
@@ -240,7 +256,7 @@ def save_folder(
             if part is None:
                 continue
             _save_part(part, draft / name, dtype)
-            index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
+            index[name] = INDEXED.get(type(part).__name__, [type(part).__module__.split(".")[0], type(part).__name__])
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (draft / "model_index.json").write_text(text, encoding="utf-8")
         if not folder.exists():

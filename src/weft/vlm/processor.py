@@ -76,6 +76,9 @@ class Processor:
         self.tokenizer.save_pretrained(folder)
         self.images.save_pretrained(folder)
 
+    from_pretrained = load  # as the other readers of a model's parts are called
+    save_pretrained = save
+
     def chat(self, turns: Sequence[dict[str, Any]], *, answer: bool = True) -> str:
         """The text of a conversation by the model's template; with `answer`, up to where the assistant begins.
 

@@ -50,7 +50,7 @@ class ImageFlow:
     optional_parts: ClassVar[tuple[str, ...]] = ()
     resample: Any = Pillow.Resampling.BICUBIC
     """The filter with which pictures are resized."""
-    sees: ClassVar[str] = "raw"
+    sees: str = "raw"
     """Which pictures `states` gets: the "raw" ones, or the "inputs" at the size they are encoded at."""
     text_tensors: ClassVar[tuple[str, ...]] = ("text", "pooled")
     """The tensors of a condition that a cache may hold in 16 bits."""

@@ -11,24 +11,21 @@ fp32 (in bf16, columns beyond 256 fall together); pictures of a batch may differ
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from PIL import Image as Pillow
 from torch import Tensor, nn
 
 from weft.errors import WeftError
 from weft.models import flow
-from weft.models.image.attention import gather_rows, patches, scatter_rows, unpatches
 from weft.models.image.attention_flux import adopt_flux
-from weft.models.image.base import TEXTS_AT_ONCE, ImageFlow
+from weft.models.image.base import TEXTS_AT_ONCE
 from weft.models.image.layouts import find_layout, picture_ids, text_ids
+from weft.models.image.packed import PackedFlow
 from weft.models.routing import Router, route_of
-from weft.sample import schedules
 from weft.types import Batch, Condition
 
 if TYPE_CHECKING:
@@ -68,7 +65,7 @@ class FluxOptions:
             raise WeftError(f"reference_tokens is {self.reference_tokens}; it must be at least 1")
 
 
-class FluxKontext(ImageFlow):
+class FluxKontext(PackedFlow):
     """A `weft.types.FlowModel` over the parts of a FLUX.1 Kontext folder; `weft.models.load` builds it.
 
     `parts`: `transformer`, `vae`, `text_encoder` and `tokenizer` (CLIP), `text_encoder_2` and `tokenizer_2` (T5),
@@ -79,7 +76,6 @@ class FluxKontext(ImageFlow):
     name = "flux_kontext"
     pipeline: ClassVar[str] = "FluxKontextPipeline"
     optional_parts: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
-    resample: Any = Pillow.Resampling.LANCZOS
     steps, guidance = 28, 1.0
 
     def __init__(
@@ -96,25 +92,14 @@ class FluxKontext(ImageFlow):
         super().__init__(parts, transformer, loss_config=loss_config, device=device, licence=licence)
         self.options = options or FluxOptions()
         self.layout = find_layout(self.options.layout)
-        self.patch = 2
-        self.channels = transformer.config.in_channels // 4
-        self.downsample = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.multiple = self.downsample * self.patch
-        self.resolution = resolution or 1024
-        if self.resolution % self.multiple:
-            raise WeftError(f"resolution {self.resolution} must be a multiple of {self.multiple}")
+        downsample = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self._measure(transformer.config.in_channels // 4, 2, downsample, resolution)
         self.axes = len(transformer.config.axes_dims_rope)
         self.router: Router | None = None
 
     def route(self, names: Sequence[str]) -> None:
         """Switch the loaded adapters `names` ("edit", "generation") by each sample's request from now on."""
         self.router = Router(self.transformer, names)
-
-    def settings(self) -> dict[str, Any]:
-        """The resolution and the options that are not the defaults."""
-        changed = {f.name: getattr(self.options, f.name) for f in dataclasses.fields(self.options)}
-        changed = {name: value for name, value in changed.items() if value != getattr(FluxOptions, name)}
-        return ({"resolution": self.resolution} if self.resolution != 1024 else {}) | {"options": changed}
 
     def _anchor(self) -> Tensor:
         return self.transformer.transformer_blocks[0].attn.norm_q.weight
@@ -131,10 +116,6 @@ class FluxKontext(ImageFlow):
         """The format of the nearest aspect ratio; between two equally near the narrower one, as in the release."""
         aspect = size[1] / size[0]
         return min((abs(aspect - w / h), w, h, (h, w)) for h, w in self.formats())[-1]
-
-    def resolution_of(self, size: flow.Size) -> int:
-        """The edge of the square of the same area, rounded to what latents allow."""
-        return max(1, round((size[0] * size[1]) ** 0.5 / self.multiple)) * self.multiple
 
     def output_size(self, inputs: Sequence[flow.Size], aligned: flow.Size | None) -> flow.Size:
         """The source's own format; with `parity` the release's rule applied to it, which rounds areas down again."""
@@ -200,7 +181,7 @@ class FluxKontext(ImageFlow):
 
         A condition's own `guidance` (a number) takes the place of the model's embedded guidance.
         """
-        batch = self.arrange(conditions)
+        batch = self.arrange_rows(conditions)
         lengths = {c.tensors["text"].shape[0] for c in conditions}
         if len(lengths) > 1:
             raise WeftError(f"texts of one batch differ in length ({sorted(lengths)} tokens); use one model for all")
@@ -211,9 +192,6 @@ class FluxKontext(ImageFlow):
         values = [float(c.tensors["guidance"]) if "guidance" in c.tensors else own for c in conditions]
         embeds = self.transformer.config.guidance_embeds
         batch["guidance"] = torch.tensor(values, device=device) if embeds else None
-        if layout is None:  # as rows of tokens, like a mixed batch's
-            columns = [patches(r, self.patch) for r in batch["references"]]
-            batch["references"] = [torch.cat(columns, dim=1)] if columns else []
         aligned = [tuple(c.tensors["align"].tolist()) if "align" in c.tensors else () for c in conditions]
         texts = text_ids(self.layout, length, self.axes)
         ids = [
@@ -235,30 +213,17 @@ class FluxKontext(ImageFlow):
 
     def velocity(self, x: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
         """Velocity [B, C, H, W] in fp32 of x [B, C, H, W] at sigma [B]; zero in the padding. One transformer call."""
-        text, layout = batch["text"], batch["layout"]
-        rows = patches(x.to(text.device, text.dtype), self.patch)
-        tokens = torch.cat([rows, *batch["references"]], dim=1)
-        count, grid = rows.shape[1], (x.shape[2] // self.patch, x.shape[3] // self.patch)
-        if layout is not None:
-            tokens, count = gather_rows(tokens, layout), layout.targets
         if self.router is not None:
             self.router.switch(batch["routes"])
-        steps = self.scheduler.config.num_train_timesteps
         out = self.transformer(
-            hidden_states=tokens,
-            encoder_hidden_states=text,
+            hidden_states=self.pack(x, batch),
+            encoder_hidden_states=batch["text"],
             pooled_projections=batch["pooled"],
-            timestep=sigma.to(text.device, torch.float32) * steps / steps,  # rounded as in the pipelines
+            timestep=self.time(sigma, batch),
             img_ids=batch["picture_ids"],
             txt_ids=batch["text_ids"],
             guidance=batch["guidance"],
             joint_attention_kwargs=None if batch["mask"] is None else {"attention_mask": batch["mask"]},
             return_dict=False,
-        )[0][:, :count]
-        return unpatches(scatter_rows(out.float(), layout), grid, self.patch)
-
-    def sigmas(self, steps: int, size: flow.Size) -> Tensor:
-        """The pipelines' grid [steps + 1]: 1 ... 1/steps, shifted by the number of the output's tokens alone."""
-        config = dict(self.scheduler.config)
-        mu = schedules.dynamic_mu(self._tokens(size), config) if config.get("use_dynamic_shifting") else None
-        return schedules.grid_from_config(config, steps, mu=mu, sigmas=schedules.linear_sigmas(steps))
+        )[0]
+        return self.unpack(out, x, batch)

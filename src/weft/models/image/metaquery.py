@@ -86,7 +86,7 @@ class UniPic2MetaQuery(UniPic2Kontext):
     """
 
     name = "metaquery"
-    sees: ClassVar[str] = "inputs"
+    sees: str = "inputs"
     text_tensors: ClassVar[tuple[str, ...]] = ("states", "visual")
     optional_parts: ClassVar[tuple[str, ...]] = (
         *("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
