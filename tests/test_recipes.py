@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,6 +14,7 @@ from tiny_metaquery import tiny_metaquery_folder
 from weft.train import read_recipe
 from weft.train.feed import stage_sizes
 from weft.train.loop import Trainer
+from weft.types import Score
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -20,6 +22,11 @@ RECIPES = [path for path in FILES if "data" in yaml.safe_load(path.read_text(enc
 
 
 TASKS = ("generate", "edit", "multi_generate", "multi_edit")
+
+
+def brightness(batch):
+    """Stands for every scorer of a recipe."""
+    return [Score(float(np.asarray(image).mean()) / 255) for _, image in batch]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +38,7 @@ def folders(tmp_path_factory):
         "FLUX": tiny_flux_folder(root / "flux"),
         "Qwen-Image-Edit": tiny_qwen_edit_folder(root / "qwen"),
         "metaquery": metaquery,
-        "VLM": vlm,
+        "Qwen2.5-VL": vlm,
         "": tiny_kontext_folder(root / "kontext"),
     }
 
@@ -49,12 +56,14 @@ def shrunk(path, folders, out):
     tree["model"]["path"] = str(next(folder for name, folder in folders.items() if name in tree["model"]["path"]))
     args = tree.get("trainable_args", {})
     if "vlm" in args:
-        args |= {"vlm": str(folders["VLM"]), "dtype": "fp32", "resolution": 64}
+        args |= {"vlm": str(folders["Qwen2.5-VL"]), "dtype": "fp32", "resolution": 64}
         if args.get("conditioner") == "new":
             sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
             args |= {"queries": 4, "connector": sizes}
         if "transformer" in args:
             args["transformer"] = str(folders[""])
+    if "target" in args:
+        args |= {"target": "canonical", "fit": "none"}
     for item in tree["data"]:
         item["source"] = tiny_source(item["source"], item.get("batch_group", "edit"))
     for name in ("validate", "grid"):
@@ -70,6 +79,19 @@ def shrunk(path, folders, out):
         stage |= {key: small for key, small in (("batch_size", 2), ("accumulate", 1)) if key in stage}
     tree["run"] |= {"folder": str(out), "batch_size": 2, "accumulate": min(2, tree["run"].get("accumulate", 1))}
     tree["run"]["threads"] = 1
+    if "rollout" in tree:
+        tree["run"]["accumulate"] = 1
+        tree["rollout"] |= {
+            "groups": 2,
+            "group_size": 2,
+            "batch": 2,
+            "updates": min(2, tree["rollout"].get("updates", 1)),
+        }
+        if "window" not in tree["rollout"]:
+            tree["rollout"]["steps"] = 4
+        tree["reward"]["scorers"] = [
+            {**s, "call": f"{__file__}:brightness", "args": {}} for s in tree["reward"]["scorers"]
+        ]
     return tree
 
 
@@ -115,3 +137,25 @@ def test_the_published_numbers_of_stage_b():
             assert height % 32 == 0 and width % 32 == 0
             assert abs((height * width) ** 0.5 / stage.size - 1) < 0.07
     assert stage_sizes(recipe.stages[1])[:2] == [(512, 512), (448, 576)]
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if "rollout" in yaml.safe_load(p.read_text(encoding="utf-8"))])
+def test_the_geometry_of_post_training_fits_on_one_and_on_eight_devices(path):
+    from weft.train.geometry import check_geometry
+
+    recipe = read_recipe(path)
+    for processes in (1, 8):
+        check_geometry(recipe.rollout, recipe.run.batch_size, processes, 10_000)
+
+
+def test_the_published_numbers_of_edit_r1_and_pdtr():
+    for name in ("kontext", "qwen_image_edit_2509"):
+        recipe = read_recipe(ROOT / "recipes" / "edit_r1" / f"{name}.yaml")
+        r, lora = recipe.rollout, recipe.model.lora
+        assert (r.groups, r.group_size, r.steps, r.updates, r.guidance, r.kind) == (24, 12, 6, 1, 1.0, "ode")
+        assert (lora.rank, lora.alpha, recipe.optim.lr, recipe.run.ema.decay) == (32, 64, 3e-4, 0.9)
+    for name in ("edit", "generate"):
+        recipe = read_recipe(ROOT / "recipes" / "unipic2" / f"pdtr_{name}.yaml")
+        r = recipe.rollout
+        assert (r.steps, r.group_size, r.eta, r.samples, r.updates) == (10, 16, 0.7, 256, 1)
+        assert recipe.method.options["kl"] == 0.04 and recipe.optim.lr == 3e-4

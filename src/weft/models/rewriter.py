@@ -1,0 +1,168 @@
+"""The instruction rewriter of DreamOmni2 (arXiv 2510.06679, section 3.2): a VLM turns a loose request into the form
+that the adapters were trained on.
+
+The diffusion model reads the rewritten text alone; nothing else passes between the two. Prompt, suffixes and greedy
+decoding are those of dvlab-research/DreamOmni2, inference_{edit,gen}.py. Any Qwen2.5-VL-class model will do, in this
+process or behind an OpenAI-compatible server; only one that was trained to (see `rewriter_training`) answers in form.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weft.errors import WeftError
+from weft.models.image.flux_kontext import KONTEXT_FORMATS
+from weft.record import Record, Turn, image_part, text_part
+from weft.vlm.ask import VLM, Ask, Question
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+EDITING, GENERATION = " It is editing task.", " It is generation task."
+WHEN = ("off", "on", "several")
+TAG = re.compile(r"<\s*(\w+)\s*>(.*?)(?:<\s*/\s*\1\s*>|\Z)", re.DOTALL)
+
+
+def parse(answer: str, *, strict_slice: bool = False) -> str:
+    """The standardised text inside an answer.
+
+    `strict_slice` drops the first 6 and the last 7 characters, as the release does, whatever they are. Otherwise the
+    inside of the first pair of tags, whatever their name; a closing tag that is missing (a cut answer) is no fault;
+    a JSON object's `instruction` and `caption`; and without either the whole answer.
+    """
+    if strict_slice:
+        return answer[6:-7]
+    text = answer.strip()
+    fenced = re.fullmatch(r"```\w*\s*(.*?)\s*```", text, re.DOTALL)
+    text = fenced[1] if fenced else text
+    if text.startswith("{"):
+        try:
+            found = json.loads(text)
+        except ValueError:
+            return text
+        return standard(str(found.get("instruction") or ""), str(found.get("caption") or ""))
+    match = TAG.search(text)
+    return (match[2] if match else text).strip()
+
+
+def standard(instruction: str, caption: str) -> str:
+    """The structured text of an edit, instruction and caption; of a generation, the caption alone."""
+    return f"[instruction]: {instruction}, [caption]: {caption}" if instruction and caption else instruction or caption
+
+
+def question(record: Record, fit: str = "kontext") -> Question:
+    """What the VLM is asked: all pictures in order, then the instruction and the task's suffix, in one user turn.
+
+    `fit`: "kontext" stretches each picture to its FLUX Kontext format, as the release does; "none" leaves it.
+    """
+    text = record.instruction_as("image {k}") + (GENERATION if record.source is None else EDITING)
+    pictures = [record.load(part) for part in record.inputs]
+    if fit == "kontext":
+        pictures = [stretch_to_format(picture) for picture in pictures]
+    return [Turn("user", [*(image_part(picture) for picture in pictures), text_part(text)])]
+
+
+def stretch_to_format(picture: Image.Image) -> Image.Image:
+    """The picture stretched (Lanczos) to the FLUX Kontext format of the nearest aspect ratio."""
+    from PIL import Image as Pillow
+
+    aspect = picture.width / picture.height
+    size = min(KONTEXT_FORMATS, key=lambda size: (abs(aspect - size[0] / size[1]), size[0]))  # (width, height)
+    return picture if picture.size == size else picture.resize(size, Pillow.Resampling.LANCZOS)
+
+
+def with_instruction(record: Record, text: str) -> Record:
+    """The record asking for `text` in place of its instruction: media as they are, none of them woven any more."""
+    turns = list(record.turns)
+    at = max(k for k, turn in enumerate(turns) if turn.role == "user")
+    media = [part for part in turns[at].parts if part.type != "text"]
+    turns[at] = Turn("user", [*media, text_part(""), text_part(text)] if media else [text_part(text)])
+    return replace(record, turns=turns)
+
+
+class Rewriter:
+    """Rewrites records with a VLM. `when`: "on", "off", or "several": only requests with two pictures or more, for
+    which the adapters are there. `strict_slice`: see `parse`. `fit`: see `question`."""
+
+    def __init__(
+        self, vlm: VLM, *, when: str = "on", strict_slice: bool = False, fit: str = "kontext", max_tokens: int = 4096
+    ) -> None:
+        if when not in WHEN:
+            raise WeftError(f"rewriter: {when!r} is unknown; choose {', '.join(WHEN)}")
+        if fit not in ("kontext", "none"):
+            raise WeftError(f"rewriter: fit {fit!r} is unknown; choose kontext or none")
+        self.vlm, self.when, self.strict_slice, self.fit, self.max_tokens = vlm, when, strict_slice, fit, max_tokens
+
+    def applies(self, record: Record) -> bool:
+        """Whether this record is rewritten."""
+        pictures = len(record.inputs)
+        return self.when == "on" and pictures > 0 or self.when == "several" and pictures > 1
+
+    def rewrite(self, records: Sequence[Record]) -> list[Record]:
+        """The records, those that `applies` holds for with the rewritten instruction; the user's own is kept in
+        `meta["asked"]`. Raises WeftError for a failed or empty answer: the text is never guessed."""
+        chosen = [k for k, record in enumerate(records) if self.applies(record)]
+        out = list(records)
+        if not chosen:
+            return out
+        how = Ask(max_tokens=self.max_tokens)
+        replies = self.vlm.ask([question(records[k], self.fit) for k in chosen], how)
+        for k, reply in zip(chosen, replies, strict=True):
+            if reply.error is not None:
+                raise WeftError(f"record {records[k].id}: the rewriter failed ({reply.error})")
+            text = parse(reply.text, strict_slice=self.strict_slice).strip()
+            if not text:
+                raise WeftError(
+                    f"record {records[k].id}: the rewriter wrote nothing ({reply.text[:60]!r}); switch it off"
+                )
+            asked = {"asked": records[k].instruction}
+            out[k] = replace(with_instruction(records[k], text), meta={**records[k].meta, **asked})
+        return out
+
+
+def open_vlm(
+    where: str | Path, *, model: str | None = None, key_env: str | None = None, device: Any = None, dtype: Any = None
+) -> VLM:
+    """A VLM by the address of an OpenAI-compatible server (`model` is its name there), folder or hub id."""
+    where = str(where)
+    if where.startswith(("http://", "https://")):
+        from weft.vlm.remote import RemoteVLM
+
+        if model is None:
+            raise WeftError(f"{where}: name the model on that server")
+        return RemoteVLM(where, model, key_env=key_env)
+    from weft.models.image.metaquery_parts import find_vlm
+    from weft.models.weights import read_json
+    from weft.vlm.local import load_vlm
+
+    folder = Path(where)
+    card = read_json(folder / "weft.json").get("options", {}) if folder.is_dir() else {}
+    if folder.is_dir() and (folder / "conditioner").is_dir():  # a MetaQuery model: the VLM it reads with
+        folder = find_vlm(str(card.get("vlm", "")), folder)
+    elif (folder / "vlm-model").is_dir():  # a DreamOmni2 release
+        folder = folder / "vlm-model"
+    elif not folder.is_dir():
+        folder = find_vlm(where, Path())
+    return load_vlm(folder, device=device, dtype=dtype)
+
+
+def open_rewriter(
+    where: str | Path,
+    *,
+    when: str = "on",
+    strict_slice: bool = False,
+    fit: str = "kontext",
+    max_tokens: int = 4096,
+    model: str | None = None,
+    key_env: str | None = None,
+    device: Any = None,
+    dtype: Any = None,
+) -> Rewriter:
+    """A `Rewriter` on the VLM at `where` (see `open_vlm`)."""
+    vlm = open_vlm(where, model=model, key_env=key_env, device=device, dtype=dtype)
+    return Rewriter(vlm, when=when, strict_slice=strict_slice, fit=fit, max_tokens=max_tokens)

@@ -1,0 +1,121 @@
+"""Teaching the rewriter: a VLM learns to write the standardised text of a simple instruction and its pictures.
+
+What DreamOmni2 calls joint training (arXiv 2510.06679, section 3.2): the same records, with a simple and a
+standardised instruction, train the VLM to write the one from the other, and the adapters to paint the other. The
+loss is next-token cross-entropy on the answer alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weft.errors import WeftError
+from weft.models.image.metaquery_parts import find_vlm
+from weft.models.rewriter import question, with_instruction
+from weft.record import Record, read_records
+from weft.types import Draw, Example, Loss
+from weft.vlm.local import load_vlm
+
+
+class RewriterTrainable:
+    """Trains the VLM in `path` (`model.train: [vlm]`, full or LoRA): instruction and pictures in,
+    `record.meta[target]` out, inside the tags `<{tag}> </{tag}>`.
+
+    `fit`: how pictures are sized, as in `weft.models.rewriter.question`. `vision`: train the vision tower, too (not
+    with LoRA, whose targets name the layers). The loss of a sample is the mean over its answer's tokens.
+    """
+
+    name = "rewriter"
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        target: str = "standard",
+        tag: str = "gen",
+        fit: str = "kontext",
+        vision: bool = False,
+    ) -> None:
+        if fit not in ("kontext", "none"):
+            raise WeftError(f"fit {fit!r} is unknown; choose kontext or none")
+        self.reader = load_vlm(find_vlm(str(path), Path()), device="cpu", dtype=torch.float32)
+        self.model: Any = self.reader.model
+        self.model.requires_grad_(True)
+        self.model.model.visual.requires_grad_(vision)
+        self.target, self.tag, self.fit = target, tag, fit
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The VLM."""
+        return {"vlm": self.model}
+
+    def examples(self, records: Sequence[Record]) -> list[Example]:
+        """`ids` [L] of prompt and answer, `answer` [1] (where the answer begins), and of records with pictures
+        `pixels` [P, D] and `grids` [n, 3]."""
+        out = []
+        processor = self.reader.processor
+        for record in records:
+            wanted = record.meta.get(self.target)
+            if not isinstance(wanted, str) or not wanted.strip():
+                raise WeftError(f'record {record.id!r} has no meta["{self.target}"]: the text that the VLM is to write')
+            prompt = self.reader.encode(question(record, self.fit))
+            answer = processor.encode(f"<{self.tag}> {wanted.strip()} </{self.tag}><|im_end|>").ids
+            ids = torch.cat([prompt.ids, answer])
+            example = {"ids": ids, "answer": torch.tensor([len(prompt.ids)])}
+            if len(prompt.patches):
+                example |= {"pixels": torch.cat(list(prompt.patches)), "grids": prompt.grids}
+            out.append(example)
+        return out
+
+    def loss(self, examples: Sequence[Example], draw: Draw) -> Loss:
+        """Cross-entropy per sample [B] over the answer's tokens; `tokens` is the share that is predicted right."""
+        device = self.model.get_input_embeddings().weight.device
+        rows = [example["ids"] for example in examples]
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        image = self.model.config.image_token_id
+        inputs: dict[str, Tensor] = {
+            "input_ids": ids.to(device),
+            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device),
+        }
+        shown = [example for example in examples if "pixels" in example]
+        if shown:
+            inputs |= {
+                "pixel_values": torch.cat([example["pixels"] for example in shown]).to(device, self.model.dtype),
+                "image_grid_thw": torch.cat([example["grids"] for example in shown]).to(device),
+                "mm_token_type_ids": (ids == image).int().to(device),
+            }
+        states = self.model.model(**inputs, use_cache=False).last_hidden_state
+        losses, right, count = [], 0, 0
+        for k, example in enumerate(examples):  # logits of the answers alone: the vocabulary is large
+            start, stop = int(example["answer"]), len(rows[k])
+            logits = self.model.lm_head(states[k, start - 1 : stop - 1]).float()
+            labels = rows[k][start:].to(device)
+            losses.append(F.cross_entropy(logits, labels))
+            right += int((logits.argmax(-1) == labels).sum())
+            count += stop - start
+        return Loss(torch.stack(losses), {"tokens": right / count})
+
+    def save(self, folder: Path) -> None:
+        """Write a complete VLM folder: weights, tokenizer, chat template, image processor."""
+        self.model.save_pretrained(folder)
+        self.reader.processor.save(folder)
+
+
+def standardised(path: str, target: str = "standard") -> list[Record]:
+    """The records of a JSONL file with `meta[target]` in the place of the instruction: what the adapters train on.
+
+    For a recipe: `source: {call: "weft.models.rewriter_training:standardised", args: {path: ...}}`.
+    """
+    records = []
+    for record in read_records(path):
+        wanted = record.meta.get(target)
+        if not isinstance(wanted, str) or not wanted.strip():
+            raise WeftError(f'{path}: record {record.id!r} has no meta["{target}"]')
+        records.append(with_instruction(record, wanted.strip()))
+    return records

@@ -1,0 +1,211 @@
+"""The instruction rewriter: what it asks, how it reads answers, when it runs, and that training teaches it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from golden.make_unipic2 import picture
+from tiny_metaquery import tiny_qwen_folder
+from weft.errors import WeftError
+from weft.models.rewriter import (
+    Rewriter,
+    open_rewriter,
+    open_vlm,
+    parse,
+    question,
+    standard,
+    stretch_to_format,
+    with_instruction,
+)
+from weft.models.rewriter_training import RewriterTrainable, standardised
+from weft.record import make_record, weave, write_records
+from weft.types import Draw, Trainable
+from weft.vlm.ask import Reply
+
+
+class Fake:
+    """A VLM that answers by the book and keeps what it was asked."""
+
+    name = "fake"
+
+    def __init__(self, answer="<gen> do it </gen>", error=None):
+        self.answer, self.error, self.asked = answer, error, []
+
+    def ask(self, questions, how):
+        self.asked += [(question, how) for question in questions]
+        return [Reply(self.answer, error=self.error) for _ in questions]
+
+
+def edit(text="make it red", references=()):
+    return make_record(text, picture(64, 96), references=references, id="e")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("<gen> a red star </gen>", "a red star"),
+        ("<gen>a red star</gen>", "a red star"),
+        ("<edit>[instruction]: x, [caption]: y</edit>", "[instruction]: x, [caption]: y"),
+        ("< edit >\n a red star\n</ edit > and more", "a red star"),
+        ("<gen>a red star, cut", "a red star, cut"),
+        ("Sure: <gen>a red star</gen>", "a red star"),
+        ("a red star without tags", "a red star without tags"),
+        ("a < b", "a < b"),
+        (
+            '{"instruction": "make it red", "caption": "a red star"}',
+            "[instruction]: make it red, [caption]: a red star",
+        ),
+        ('```json\n{"caption": "a red star"}\n```', "a red star"),
+        ('{"broken', '{"broken'),
+        ("", ""),
+    ],
+)
+def test_answers_are_read_with_tolerance(answer, expected):
+    assert parse(answer) == expected
+
+
+def test_the_releases_cut_by_length():
+    assert parse("<gen> a red star </gen>", strict_slice=True) == "a red star"
+    assert parse("<edit>a red star</edit>", strict_slice=True) == "a red star"
+    assert parse("no tags at all, cut all the same", strict_slice=True) == "s at all, cut all t"
+
+
+def test_structured_texts():
+    assert standard("make it red", "a red star") == "[instruction]: make it red, [caption]: a red star"
+    assert standard("", "a red star") == "a red star"
+
+
+def test_the_question_is_that_of_the_release():
+    (turn,) = question(edit("take the colour", [picture(64, 64)]))
+    assert [part.type for part in turn.parts] == ["image", "image", "text"]
+    assert turn.parts[2].text == "take the colour It is editing task."
+    assert [part.load().size for part in turn.parts[:2]] == [(1248, 832), (1024, 1024)]
+    (turn,) = question(make_record("a star", references=[picture(64, 96)]), fit="none")
+    assert turn.parts[0].load().size == (96, 64) and turn.parts[1].text == "a star It is generation task."
+
+
+def test_woven_pictures_are_named_by_number(tmp_path):
+    picture(32, 32).save(tmp_path / "b.png")
+    record = make_record(weave(f"give it the colour of {{{tmp_path / 'b.png'}}}"), picture(64, 64))
+    assert question(record)[0].parts[-1].text == "give it the colour of image 2 It is editing task."
+    again = with_instruction(record, "new words")
+    assert again.instruction == "new words" and len(again.inputs) == 2
+
+
+def test_formats_are_the_nearest_by_aspect():
+    assert stretch_to_format(picture(64, 64)).size == (1024, 1024)
+    assert stretch_to_format(picture(200, 10)).size == (672, 1568)
+
+
+@pytest.mark.parametrize(("when", "expected"), [("on", [0, 1, 1]), ("several", [0, 0, 1]), ("off", [0, 0, 0])])
+def test_when_it_runs(when, expected):
+    records = [make_record("a star"), edit(), edit("f", [picture(32, 32)])]
+    fake = Fake()
+    out = Rewriter(fake, when=when).rewrite(records)
+    assert [r.instruction == "do it" for r in out] == [bool(k) for k in expected]
+    assert len(fake.asked) == sum(expected)
+    for new, old in zip(out, records, strict=True):
+        assert [p.digest() for p in new.inputs] == [p.digest() for p in old.inputs] and new.id == old.id
+        assert new is old or new.meta["asked"] == old.instruction
+
+
+@pytest.mark.parametrize(
+    ("fake", "message"), [(Fake(error="timeout"), "failed .timeout"), (Fake("<gen></gen>"), "nothing")]
+)
+def test_a_failure_is_never_a_text(fake, message):
+    with pytest.raises(WeftError, match=message):
+        Rewriter(fake).rewrite([edit()])
+
+
+def test_options_and_places_are_checked(tmp_path):
+    with pytest.raises(WeftError, match="choose off, on, several"):
+        Rewriter(Fake(), when="maybe")
+    with pytest.raises(WeftError, match="name the model"):
+        open_vlm("http://localhost:1/v1")
+    with pytest.raises(WeftError, match="no such folder"):
+        open_vlm(tmp_path / "nothing")
+
+
+# -- training
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_qwen_folder(tmp_path_factory.mktemp("vlm"))
+
+
+def records():
+    meta = [{"standard": "a red star in a blue ring"}, {"standard": "make the star red"}]
+    return [
+        make_record("a ring", references=[picture(56, 56)], id="g", meta=meta[0]),
+        make_record("red", picture(28, 56), references=[picture(28, 28)], id="e", meta=meta[1]),
+    ]
+
+
+def test_the_loss_is_of_the_answer_alone(folder):
+    trainable = RewriterTrainable(folder, fit="none")
+    assert isinstance(trainable, Trainable)
+    examples = trainable.examples(records())
+    words = trainable.reader.processor.tokenizer.decode(examples[1]["ids"][int(examples[1]["answer"]) :])
+    assert words == "<gen> make the star red </gen><|im_end|>"
+    with torch.no_grad():
+        both = trainable.loss(examples, Draw(0, 0, ["g", "e"])).per_sample
+        alone = torch.stack([trainable.loss([e], Draw(0, 0, ["x"])).per_sample[0] for e in examples])
+        assert (both - alone).abs().max() < 1e-5  # padding changes nothing
+        example, start = examples[0], int(examples[0]["answer"])
+        labels = example["ids"].clone()
+        labels[:start] = -100
+        expected = trainable.model(
+            input_ids=example["ids"][None], pixel_values=example["pixels"], image_grid_thw=example["grids"],
+            mm_token_type_ids=(example["ids"] == trainable.reader.processor.image_id)[None].int(), labels=labels[None],
+        ).loss  # fmt: skip
+    assert (both[0] - expected).abs() < 1e-5
+    with pytest.raises(WeftError, match=r'no meta\["standard"\]'):
+        trainable.examples([edit()])
+
+
+def recipe(folder, out, path, **model):
+    return {
+        "model": {"path": str(folder), "train": ["vlm"], **model},
+        "trainable": "weft.models.rewriter_training:RewriterTrainable",
+        "trainable_args": {"fit": "none"},
+        "data": [{"source": {"kind": "jsonl", "path": str(path)}}],
+        "cache": {"ahead": True},
+        "optim": {"name": "adamw", "lr": 0.01},
+        "run": {"folder": str(out), "steps": 60, "batch_size": 2, "threads": 1},
+    }
+
+
+def test_training_teaches_it_and_the_export_rewrites(folder, tmp_path):
+    from weft.train import run
+
+    path = tmp_path / "records.jsonl"
+    write_records(path, records())
+    result = run(recipe(folder, tmp_path / "run", path), say=lambda line: None)
+    rewriter = open_rewriter(result.export, fit="none", max_tokens=40, device="cpu")
+    out = rewriter.rewrite(records())
+    assert [record.instruction for record in out] == ["a red star in a blue ring", "make the star red"]
+    assert rewriter.vlm.model.config.model_type == "qwen2_5_vl"
+    taught = standardised(str(path))
+    assert [record.instruction for record in taught] == [record.instruction for record in out]
+    assert len(taught[1].inputs) == 2
+
+
+def test_lora_and_the_frozen_vision_tower(folder, tmp_path):
+    from weft.train.config import read_recipe
+    from weft.train.loop import Trainer
+
+    path = tmp_path / "records.jsonl"
+    write_records(path, records())
+    lora = {"rank": 2, "alpha": 4, "targets": ["self_attn.q_proj", "self_attn.v_proj"]}
+    trainer = Trainer(read_recipe(recipe(folder, tmp_path / "run", path, lora=lora)), {}, lambda line: None)
+    trainer.prepare_data()
+    assert all("lora" in name for name in trainer.parameters)
+    first, *_, last = [trainer.train_step()["loss"] for _ in range(8)]
+    assert last < first
+    full = RewriterTrainable(folder, fit="none")
+    assert not any(p.requires_grad for p in full.model.model.visual.parameters())
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen2_5_vl"
