@@ -3,9 +3,10 @@
     python benchmarks/references.py --upstream PATH_TO_CHECKOUT_OF_dvlab-research_DreamOmni2
 
 Both run in this process, in turn, on the same random weights, from the same pictures and noise; the best of
-`--repeat` rounds counts (of CPU seconds, or on a GPU of wall-clock). Prints one JSON line with the seconds, their ratio and the largest difference of the latents.
-The checkout is not part of weft. `--width`, `--layers` and `--steps` set the size; the pictures are 64 x 64, so with
-the default width this measures a tiny model, whose fixed costs a batch shares. `--device cuda` runs on a GPU.
+`--repeat` rounds counts (of CPU seconds, or on a GPU of wall-clock). Prints one JSON line with the seconds, their
+ratio and the largest difference of the latents. The checkout is not part of weft. `--width`, `--layers` and `--steps`
+set the size; the pictures are 64 x 64, so with the default width this measures a tiny model, whose fixed costs a batch
+shares. `--device cuda` runs on a GPU.
 """
 
 from __future__ import annotations

@@ -327,6 +327,38 @@ def test_a_lora_for_another_base_is_refused_by_name(folder, release, tmp_path):
         load(folder, device="cpu", adapters={"edit": str(tmp_path / "deep.safetensors")})
 
 
+@pytest.mark.parametrize("how", ["model", "sequential"])
+def test_offloading_hooks_and_routed_adapters_go_together(folder, release, how):
+    """accelerate's hooks, with the CPU standing in for the accelerator that `load` insists on."""
+    from weft.models.load import KONTEXT, _offload
+
+    plain, other = (load(folder, device="cpu", adapters=str(release)) for _ in range(2))
+    _offload(other, how, torch.device("cpu"), KONTEXT.order)
+    other._device = torch.device("cpu")
+    with torch.no_grad():
+        expected = plain.velocity(X, SIGMA, plain.prepare(MIXED))
+        assert torch.equal(other.velocity(X, SIGMA, other.prepare(MIXED)), expected)
+    record = make_record("make it red", picture(64, 64))
+    ours, theirs = other.encode([record])[0], plain.encode([record])[0]
+    assert torch.equal(ours.tensors["pooled"], theirs.tensors["pooled"])
+    assert torch.equal(ours.references[0], theirs.references[0])
+
+
+def test_half_precision_keeps_positions_whole_and_backends_reach_the_transformer(folder, release):
+    """In bf16, columns beyond 256 would fall together; the release rounds them so."""
+    half = load(folder, device="cpu", dtype="bf16", adapters=str(release), attention_backend="_native_math")
+    full = load(folder, device="cpu", adapters=str(release))
+    batch = half.prepare(MIXED)
+    assert half.dtype == batch["text"].dtype == torch.bfloat16 and batch["picture_ids"].dtype == torch.float32
+    with torch.no_grad():
+        expected, found = full.velocity(X, SIGMA, full.prepare(MIXED)), half.velocity(X, SIGMA, batch)
+    assert found.dtype == torch.float32
+    assert 0 < (found - expected).abs().mean() < 0.05 * expected.abs().mean()
+    half.transformer.single_transformer_blocks[0].attn.processor._attention_backend = "_native_flash"
+    with pytest.raises(WeftError, match="'_native_flash' takes no mask"):
+        half.velocity(X, SIGMA, batch)
+
+
 # -- sizes and records
 
 

@@ -328,6 +328,41 @@ def test_saving_and_loading_gives_the_same_model(model, tmp_path):
         assert torch.equal(again.velocity(x, sigma, again.prepare(again.encode(records()[2:3]))), expected)
 
 
+@pytest.mark.parametrize("how", ["model", "sequential"])
+def test_offloading_hooks_give_the_same_numbers(model, folder, how):
+    """accelerate's hooks, with the CPU standing in for the accelerator that `load` insists on."""
+    from weft.models.load import QWEN, _offload
+
+    other = load(folder, device="cpu")
+    _offload(other, how, torch.device("cpu"), QWEN.order)
+    other._device = torch.device("cpu")
+    rows = records()[1:3]
+    x, sigma = rng.normal((2, 16, 8, 12), 0, "x"), torch.tensor([0.7, 0.3])
+    with torch.no_grad():
+        expected = model.velocity(x, sigma, model.prepare(model.encode(rows)))
+        found = other.velocity(x, sigma, other.prepare(other.encode(rows)))
+    assert torch.equal(found, expected)
+    assert [p.size for p in other.decode(x[:, :, :8, :8], [(64, 64)] * 2)] == [(64, 64)] * 2
+
+
+def test_half_precision_and_backends_reach_the_transformer(folder):
+    half = load(folder, device="cpu", dtype="bf16", attention_backend="_native_math", tiling=True, slicing=True)
+    full = load(folder, device="cpu")
+    conditions = full.encode(records())
+    x, sigma = rng.normal((4, 16, 8, 12), 0, "x"), torch.full((4,), 0.5)
+    with torch.no_grad():
+        expected, found = (
+            full.velocity(x, sigma, full.prepare(conditions)),
+            half.velocity(x, sigma, half.prepare(conditions)),
+        )
+    assert half.dtype == torch.bfloat16 and found.dtype == torch.float32
+    assert 0 < (found - expected).abs().mean() < 0.03 * expected.abs().mean()
+    assert torch.isfinite(half.encode(records()[:2])[1].tensors["text"].float()).all()
+    half.transformer.transformer_blocks[0].attn.processor._attention_backend = "_native_flash"
+    with pytest.raises(WeftError, match="'_native_flash' takes no mask"):
+        half.velocity(x, sigma, half.prepare(conditions))
+
+
 def test_real_sizes_on_the_meta_device():
     """The 20B transformer, the 7B VLM, and Edit-R1's LoRA (rank 32 on attention) on the transformer."""
     from diffusers import QwenImageTransformer2DModel

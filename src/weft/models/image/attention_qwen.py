@@ -1,8 +1,9 @@
 """Batches of different shapes inside Qwen-Image's transformer: what diffusers' rotary table and processor do not take.
 
 `QwenEmbedRope` makes one table, from the first sample's shapes, and `QwenDoubleStreamAttnProcessor2_0` masks texts
-only. A mixed batch hands the transformer `MixedShapes` in place of `img_shapes`: the table of each sample travels in
-them, and a mask keeps the padding behind the pictures out. Equal shapes go the stock way and give the stock numbers.
+only. For a mixed batch the processor here gets every sample's own table and a mask that keeps the padding behind the
+pictures out, both through the transformer's `attention_kwargs`. Equal shapes go the stock way and give the stock
+numbers.
 """
 
 from __future__ import annotations
@@ -21,37 +22,30 @@ Shape = tuple[int, int, int]  # frames, rows, columns of tokens
 PIECE = 4096
 
 
-class MixedShapes(list):
-    """Token shapes of each sample, padded to one length, with every sample's own rotary table.
-
-    As a list it says what the transformer counts: how many tokens are the output's, and how many follow.
-    `pictures` [B, N, D/2] and `texts` [B, L, D/2] are complex.
-    """
-
-    def __init__(self, shapes: Sequence[Sequence[Shape]], pictures: Tensor, texts: Tensor) -> None:
-        rows = []
-        for sample in shapes:
-            target = sample[0][1] * sample[0][2]
-            rest = pictures.shape[1] - target
-            rows.append([(1, target, 1), *((1, min(PIECE, rest - k), 1) for k in range(0, rest, PIECE))])
-        super().__init__(rows)
-        self.pictures, self.texts = pictures, texts
+def mixed_shapes(shapes: Sequence[Sequence[Shape]]) -> list[list[Shape]]:
+    """Each sample's token shapes, filled up with padding to one number of tokens."""
+    counts = [sum(rows * columns for _, rows, columns in sample) for sample in shapes]
+    padded = []
+    for sample, count in zip(shapes, counts, strict=True):
+        rest = max(counts) - count
+        padded.append([*sample, *((1, min(PIECE, rest - k), 1) for k in range(0, rest, PIECE))])
+    return padded
 
 
-def mixed_shapes(transformer: Any, shapes: Sequence[Sequence[Shape]], text: int, device: torch.device) -> MixedShapes:
-    """The shapes of a mixed batch with the rotary tables that each sample would have alone (texts of `text` tokens)."""
+def mixed_tables(
+    transformer: Any, shapes: Sequence[Sequence[Shape]], text: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The rotary tables that each sample would have alone, of pictures [B, N, D/2] and of `text` tokens [B, L, D/2]."""
     tables = [transformer.pos_embed([list(sample)], max_txt_seq_len=text, device=device) for sample in shapes]
     pictures = nn.utils.rnn.pad_sequence([own for own, _ in tables], batch_first=True, padding_value=1.0)
-    return MixedShapes(shapes, pictures, torch.stack([own for _, own in tables]))
+    return pictures, torch.stack([own for _, own in tables])
 
 
 def _positions(
     self: Any, video_fhw: Any, device: torch.device | None = None, max_txt_seq_len: int | Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`QwenEmbedRope.forward`, or the tables that `MixedShapes` carry."""
-    if isinstance(video_fhw, MixedShapes):
-        return video_fhw.pictures, video_fhw.texts
-    return type(self).forward(self, video_fhw, device=device, max_txt_seq_len=max_txt_seq_len)
+    """`QwenEmbedRope.forward` of the first sample: what it computes anyhow, without its warning about the others."""
+    return type(self).forward(self, video_fhw[:1], device=device, max_txt_seq_len=max_txt_seq_len)
 
 
 class QwenJointAttention:
@@ -67,11 +61,13 @@ class QwenJointAttention:
         encoder_hidden_states: Tensor,  # [B, L, D]
         encoder_hidden_states_mask: Tensor | None = None,  # [B, L] bool
         attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,  # [N, D/2] or [B, N, D/2], the same of texts; complex
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,  # [N, D/2] and [L, D/2], complex
+        tables: tuple[Tensor, Tensor] | None = None,  # in its place: [B, N, D/2] and [B, L, D/2]
         image_mask: Tensor | None = None,  # [B, N] bool
     ) -> tuple[Tensor, Tensor]:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
+        rotary = image_rotary_emb if tables is None else tables
         width = attn.inner_dim // attn.heads
         image = [to(hidden_states).unflatten(-1, (-1, width)) for to in (attn.to_q, attn.to_k, attn.to_v)]
         added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
@@ -79,8 +75,8 @@ class QwenJointAttention:
         for k, (own, other) in enumerate(((attn.norm_q, attn.norm_added_q), (attn.norm_k, attn.norm_added_k))):
             image[k] = image[k] if own is None else own(image[k])
             text[k] = text[k] if other is None else other(text[k])
-            if image_rotary_emb is not None:
-                image[k], text[k] = turn(image[k], image_rotary_emb[0]), turn(text[k], image_rotary_emb[1])
+            if rotary is not None:
+                image[k], text[k] = turn(image[k], rotary[0]), turn(text[k], rotary[1])
         query, key, value = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
         mask = None
         if encoder_hidden_states_mask is not None or image_mask is not None:

@@ -22,7 +22,7 @@ from weft.errors import WeftError
 from weft.media import to_rgb
 from weft.models import flow
 from weft.models.image.attention import patches, unpatches
-from weft.models.image.attention_qwen import adopt_qwen, mixed_shapes
+from weft.models.image.attention_qwen import adopt_qwen, mixed_shapes, mixed_tables
 from weft.models.image.packed import PackedFlow
 from weft.types import Batch, Condition
 from weft.vlm.processor import PICTURE
@@ -163,7 +163,9 @@ class QwenImageEdit(PackedFlow):
         encoder = self.parts["text_encoder"]
         arguments = {name: value.to(self.device) for name, value in arguments.items()}
         with torch.autocast(self.device.type, enabled=False):
-            states = encoder.model(**arguments, use_cache=False).last_hidden_state
+            # through the whole model, whose forward is what offloading hooks; its logits are not wanted
+            out = encoder(**arguments, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+        states = out.hidden_states[-1]
         return [row[self.skip : len(prompt.ids)] for row, prompt in zip(states, prompts, strict=True)]
 
     def with_text(self, conditions: Sequence[Condition], text: str) -> list[Condition]:
@@ -214,24 +216,22 @@ class QwenImageEdit(PackedFlow):
             [(1, *grid) for grid in (target, *grids)]
             for target, grids in zip(batch["targets"], batch["grids"], strict=True)
         ]
-        batch["image_mask"] = None
-        if layout is None:
-            batch["shapes"] = shapes
-        else:
-            batch["image_mask"] = layout.image_mask[:, 0, 0]
-            batch["shapes"] = mixed_shapes(self.transformer, shapes, longest, device)
+        batch["shapes"], batch["own"] = shapes, None
+        if layout is not None:
+            batch["shapes"] = mixed_shapes(shapes)
+            tables = mixed_tables(self.transformer, shapes, longest, device)
+            batch["own"] = {"tables": tables, "image_mask": layout.image_mask[:, 0, 0]}
         return batch
 
     def velocity(self, x: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
         """Velocity [B, C, H, W] in fp32 of x [B, C, H, W] at sigma [B]; zero in the padding. One transformer call."""
-        mask = batch["image_mask"]
         out = self.transformer(
             hidden_states=self.pack(x, batch),
             encoder_hidden_states=batch["text"],
             encoder_hidden_states_mask=batch["text_mask"],
             timestep=self.time(sigma, batch),
             img_shapes=batch["shapes"],
-            attention_kwargs=None if mask is None else {"image_mask": mask},
+            attention_kwargs=batch["own"],
             return_dict=False,
         )[0]
         return self.unpack(out, x, batch)
