@@ -84,6 +84,39 @@ def save_lora(modules: dict[str, nn.Module], folder: Path, *, name: str = "defau
     return path
 
 
+def start_lora(module: nn.Module, prefix: str, path: Path, *, name: str = "default") -> None:
+    """Give the adapter `name` of `module` the weights that `save_lora` wrote for the module `prefix`.
+
+    Raises WeftError if the file is of other layers or another rank, or was trained at another scale (alpha / rank).
+    """
+    import json
+
+    from peft import set_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise WeftError(f"lora.start: there is no {file}; give the export folder of an earlier LoRA run")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            own = [key for key in opened.keys() if key.startswith(f"{prefix}.")]
+            saved = {key.removeprefix(f"{prefix}."): opened.get_tensor(key) for key in own}
+            facts = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except SafetensorError as error:
+        raise WeftError(f"lora.start: {file} is not a safetensors file: {error}") from None
+    mine = lora_state(module, name)
+    if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in mine.items()}:
+        odd = sorted(k for k in saved.keys() | mine.keys() if k not in saved or k not in mine or
+                     saved[k].shape != mine[k].shape)  # fmt: skip
+        raise WeftError(f"lora.start: {file} has other layers or another rank than the recipe, for example {odd[0]}")
+    config = cast(Any, module).peft_config[name]
+    for key in ("r", "lora_alpha"):
+        there = facts.get(f"{prefix}.{key}")
+        if there is not None and there != getattr(config, key):
+            raise WeftError(f"lora.start: {file} was trained with {key} {there}, the recipe has {getattr(config, key)}")
+    set_peft_model_state_dict(module, saved, adapter_name=name)
+
+
 class Ema:
     """fp32 shadow of named parameters: shadow = d * shadow + (1 - d) * parameter after each optimiser step.
 

@@ -22,13 +22,15 @@ Size = int | list[int]
 
 @dataclass(slots=True)
 class LoraRecipe:
-    """Low-rank adapters on the trained modules; `targets` are name endings of linear layers."""
+    """Low-rank adapters on the trained modules; `targets` are name endings of linear layers. `start` continues an
+    exported adapter of the same rank, alpha and layers (a folder or a safetensors file)."""
 
     rank: int = 32
     alpha: float = 64.0
     targets: list[str] = field(default_factory=lambda: ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"])
     init: Literal["gaussian", "default"] = "gaussian"
     dropout: float = 0.0
+    start: str | None = None
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ from weft.errors import WeftError
 from weft.reward.advantage import AdvantageConfig
 from weft.reward.filter import FilterConfig
 from weft.sample import kernels
-from weft.sample.rollout import pad_latents
+from weft.sample.rollout import guided, pad_latents
 from weft.train.config import build
 from weft.train.geometry import RolloutRecipe
 from weft.train.method import Setting
@@ -151,8 +151,7 @@ class Grpo:
         if guidance == 1:
             return self.model.velocity(x, sigma, batch).float()
         v_neg, v_pos = self.model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), batch).float().chunk(2)
-        v_neg = v_neg.detach()
-        return v_neg + guidance * (v_pos - v_neg)
+        return guided(self.model, v_neg.detach(), v_pos, guidance)
 
     def loss(self, items: Sequence[Item], draw: Draw) -> Loss:
         """Per-item losses [B]: the clipped ratio and the divergence from the reference."""

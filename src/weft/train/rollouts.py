@@ -202,7 +202,7 @@ def _sample(
     for i, sample in enumerate(batch):
         h, w = (edge // model.downsample for edge in conditions[i].size)
         assert result.sigmas is not None
-        sample.sigmas = result.sigmas.clone()  # a checkpoint stores it per sample
+        sample.sigmas = (result.sigmas if result.sigmas.ndim == 1 else result.sigmas[i]).cpu().clone()
         sample.x0 = result.latents[i, :, :h, :w].float().cpu().clone()
         if result.trajectory is not None:
             sample.states = result.trajectory[i, start : stop + 1, :, :h, :w].float().cpu().clone()

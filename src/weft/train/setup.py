@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from weft.errors import WeftError
-from weft.models.adapt import add_lora
+from weft.models.adapt import add_lora, start_lora
 from weft.rng import seed_of
 from weft.train.config import Recipe, load_object, nearest
 from weft.types import Trainable
@@ -78,6 +79,8 @@ def choose_modules(recipe: Recipe, trainable: Trainable) -> dict[str, nn.Module]
                 dropout=lora.dropout,
                 seed=recipe.run.seed,
             )
+            if lora.start is not None:
+                start_lora(module, name, Path(lora.start))
         else:
             if recipe.trainable is None:
                 module.requires_grad_(True)

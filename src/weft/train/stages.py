@@ -1,0 +1,119 @@
+"""Runs after one another, each from the weights that the last one left: PDTR of UniPic 2.0 (arXiv 2509.04548, section
+3.2) is reinforcement on editing, then on generation, with both tasks measured after each stage.
+
+    python -m weft.train.stages recipes/unipic2/pdtr_edit.yaml recipes/unipic2/pdtr_generate.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from weft.errors import WeftError
+from weft.train.config import Recipe, plain, read_recipe
+from weft.train.loop import Evaluator, RunResult, run
+
+
+def run_stages(
+    recipes: Sequence[str | Path | dict[str, Any] | Recipe],
+    overrides: Sequence[str] = (),
+    *,
+    evaluators: dict[str, Evaluator] | None = None,
+    rewards: Sequence[Any] | None = None,
+    say: Callable[[str], None] = print,
+) -> list[RunResult]:
+    """Train the stages in order and return their results; `overrides` go to all of them.
+
+    From the second one on, a stage starts from the export before it: its `model.path`, or with LoRA its
+    `model.lora.start` (the base stays, and with it a reference of "off"). All `evaluators` are called at the end of
+    every stage and their numbers written to `stages.json` beside the run folders. `rewards` are those of `run`, one
+    per stage. A stage that is complete is not repeated. Raises WeftError if the stages do not fit together.
+    """
+    configs = [read_recipe(recipe, overrides) for recipe in recipes]
+    check_stages(configs, rewards)
+    results: list[RunResult] = []
+    table: list[dict[str, Any]] = []
+    for number, config in enumerate(configs):
+        if results:
+            config = continued(config, configs[number - 1], results[-1])
+        if evaluators and not config.run.evaluate_every:
+            config.run.evaluate_every = config.run.steps
+        say(f"stage {number + 1} of {len(configs)}: {config.method.name} in {config.run.folder}")
+        done = _done(config)
+        result = done or run(config, evaluators=evaluators, reward=rewards[number] if rewards else None, say=say)
+        results.append(result)
+        measured = {k: v for k, v in result.last.items() if evaluators and k.split("/")[0] in evaluators}
+        table.append({"stage": number + 1, "folder": str(result.folder), "step": result.step, **measured})
+        _record(Path(configs[0].run.folder).parent / "stages.json", table)
+    return results
+
+
+def check_stages(configs: Sequence[Recipe], rewards: Sequence[Any] | None) -> None:
+    """Raises WeftError for stages that cannot follow one another."""
+    if rewards is not None and len(rewards) != len(configs):
+        raise WeftError(f"{len(rewards)} rewards for {len(configs)} stages; give one for each (None: the recipe's)")
+    folders = [Path(config.run.folder).resolve() for config in configs]
+    for i, (config, folder) in enumerate(zip(configs, folders, strict=True), 1):
+        if folder in folders[: i - 1]:
+            raise WeftError(f"stage {i} has the run.folder {config.run.folder} of an earlier one; give each its own")
+        if i > 1 and (config.model.lora is None) != (configs[0].model.lora is None):
+            raise WeftError(f"stage {i}: all stages train a LoRA, or all train full weights")
+        if i < len(configs) and not config.run.export:
+            raise WeftError(f"stage {i}: run.export is off, so the next stage has nothing to start from")
+
+
+def continued(config: Recipe, before: Recipe, result: RunResult) -> Recipe:
+    """The recipe of a stage with the weights of the one before."""
+    assert result.export is not None  # checked before
+    tree = plain(config)
+    if config.model.lora is None:
+        tree["model"]["path"] = str(result.export)
+    else:
+        if config.model.path != before.model.path:
+            raise WeftError(f"stage models differ: {before.model.path} and {config.model.path}; a LoRA needs its base")
+        tree["model"]["lora"]["start"] = str(result.export)
+    return read_recipe(tree)
+
+
+def _done(config: Recipe) -> RunResult | None:
+    """The result of a stage that was finished before: its export says at which step it was made, of which recipe."""
+    folder = Path(config.run.folder)
+    facts = folder / "export" / "training.json"
+    if not facts.is_file():
+        return None
+    found = json.loads(facts.read_text(encoding="utf-8"))
+    if found["step"] != config.run.steps or found["recipe"] != plain(config):
+        return None
+    table = folder.parent / "stages.json"
+    rows = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else []
+    last: dict[str, Any] = next((row for row in rows if row["folder"] == str(folder)), {})
+    return RunResult(folder, config.run.steps, folder / "export", last)
+
+
+def _record(path: Path, table: list[dict[str, Any]]) -> None:
+    """Rows of stages that come later in an interrupted chain stay until they are measured again."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    names = {row["folder"] for row in table}
+    rows = table + [row for row in old if row["folder"] not in names]
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser("python -m weft.train.stages", description="Train recipes after one another.")
+    parser.add_argument("recipe", nargs="+", help="YAML files, in order; key=value among them overrides all of them")
+    given = parser.parse_args(arguments).recipe
+    try:
+        run_stages([r for r in given if "=" not in r], [r for r in given if "=" in r])
+    except WeftError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
