@@ -453,6 +453,29 @@ def test_the_python_face_edits_generates_and_mixes(model):
     assert guided.size == (64, 64) and model.guidance == 1.0
 
 
+def test_the_command_line_takes_adapters_and_options(folder, release, tmp_path, capsys):
+    from weft.cli.main import main
+
+    picture(64, 64).save(tmp_path / "a.png")
+    picture(40, 60, 1).save(tmp_path / "b.png")
+    line = [
+        "edit",
+        str(tmp_path / "a.png"),
+        f"use {{{tmp_path}/b.png}}",
+        "-o",
+        str(tmp_path / "out.png"),
+        "--steps",
+        "2",
+    ]
+    line += ["--model", str(folder), "--adapters", str(release)]
+    seen = []
+    for options in (["--option", "reference_tokens=4"], ["--option", "layout=diagonal"], []):
+        assert main([*line, *options]) == 0
+        seen.append(np.asarray(Image.open(tmp_path / "out.png")).astype(int))
+    assert all(np.abs(a - seen[2]).max() > 0 for a in seen[:2])
+    assert main([*line, "--option", "layout"]) == 2 and "name=value" in capsys.readouterr().err
+
+
 # -- folders
 
 
