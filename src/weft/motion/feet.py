@@ -20,7 +20,8 @@ def pin_feet(motion: Motion, *, blend: int = 4, touching: np.ndarray | None = No
 
     A foot's ankle and toe stay where they are on average over a contact, the hip stays, the knee bends in its plane;
     bones keep their length. `touching` [T, 4] are the contacts (left ankle, left toe, right ankle, right toe),
-    by default found from positions (slower than 0.4 m/s and within 0.08 m of its lowest place). Raises `WeftError` for another layout.
+    by default found from positions: slower than 0.4 m/s and within 0.08 m of its lowest place. Raises `WeftError` for
+    another layout.
     """
     if motion.layout is not HUMANML3D:
         raise WeftError(f"feet are pinned on the 22 joints of humanml3d, this clip is {motion.layout.name}")

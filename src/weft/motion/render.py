@@ -16,9 +16,9 @@ from weft.errors import WeftError
 from weft.motion.clip import Motion
 from weft.motion.skeleton import HUMANML3D, KIT
 
-_RADII = {"hip": 0.075, "knee": 0.065, "ankle": 0.045, "foot": 0.035, "spine1": 0.1, "spine2": 0.105, "spine3": 0.11,
+_RADII = {"hip": 0.075, "knee": 0.065, "ankle": 0.045, "foot": 0.035, "spine1": 0.11, "spine2": 0.11, "spine3": 0.11,
           "neck": 0.05, "head": 0.055, "collar": 0.06, "shoulder": 0.055, "elbow": 0.042, "wrist": 0.032, "chest": 0.1,
-          "heel": 0.04, "toe": 0.035}  # fmt: skip
+          "heel": 0.04, "toe": 0.035, "pelvis": 0.11}  # fmt: skip
 _LEFT, _RIGHT, _MIDDLE = (0.33, 0.56, 0.86), (0.90, 0.48, 0.33), (0.83, 0.80, 0.76)
 _LIGHT = np.array([0.45, 0.80, 0.40]) / np.linalg.norm([0.45, 0.80, 0.40])
 COLOURS = {"left": _LEFT, "right": _RIGHT, "middle": _MIDDLE}
@@ -42,12 +42,15 @@ class Camera:
         return np.array(self.target) + self.distance * back, np.stack([right, np.cross(back, right), back])
 
 
-def camera_for(motions: Sequence[Motion], *, turn: float = 30.0, tilt: float = 12.0) -> Camera:
-    """A camera that has whole clips in the picture."""
+def camera_for(motions: Sequence[Motion], *, turn: float = 30.0, tilt: float = 12.0, share: float = 0.8) -> Camera:
+    """A camera from whose place whole clips fit into the middle `share` of a square picture."""
     points = np.concatenate([_metres(m).reshape(-1, 3) for m in motions])
-    low, high = points.min(axis=0), points.max(axis=0)
-    size = float(np.linalg.norm(high - low))
-    return Camera(tuple((low + high) / 2), max(1.6 * size * 0.62 + 1.4, 2.8), turn, tilt)
+    points = np.concatenate([points, points + [0, 0.15, 0], points * [1, 0, 1]])  # the head's top, the shadow
+    centre = (points.min(axis=0) + points.max(axis=0)) / 2
+    camera = Camera((float(centre[0]), float(centre[1]), float(centre[2])), 1.0, turn, tilt)
+    right, up, back = ((points - centre) @ row for row in camera.axes()[1])
+    camera.distance = float((back + camera.lens * np.maximum(np.abs(right), np.abs(up)) / share).max())
+    return camera
 
 
 def _metres(motion: Motion) -> np.ndarray:
@@ -61,11 +64,13 @@ def render_frames(
     camera: Camera | None = None,
     fps: float | None = None,
     frames: Sequence[int] | None = None,
+    follow: bool = False,
 ) -> list[Image.Image]:
     """RGB pictures of a clip, or of several in one scene (the shorter ones stay at their end).
 
     `size` is the edge or (height, width) in pixels; `fps` resamples; `frames` picks single ones. Drawn at twice the
-    size and scaled down. Raises `WeftError` for no clip, or a size below 16 or above 2048.
+    size and scaled down. The camera stands still and sees the whole clip, or with `follow` goes along with the first
+    clip's root. Raises `WeftError` for no clip, or a size below 16 or above 2048.
     """
     clips = [motion] if isinstance(motion, Motion) else list(motion)
     if not clips:
@@ -75,12 +80,16 @@ def render_frames(
         raise WeftError(f"size {height}x{width}: use 16 to 2048 pixels")
     if fps is not None:
         clips = [c.resample(fps) for c in clips]
-    camera = camera or camera_for(clips)
+    path = _metres(clips[0])[:, 0] * [1, 0, 1]
+    if camera is None:
+        camera = camera_for([_on_the_spot(c, path) for c in clips] if follow else clips)
     shades = [1.0, 0.72, 0.5, 0.86]
     canvas = _Canvas(2 * height, 2 * width, camera)
     count = max(len(c) for c in clips)
     pictures = []
     for t in range(count) if frames is None else frames:
+        if follow:
+            canvas.move(path[min(t, len(path) - 1)])
         canvas.clear()
         for k, clip in enumerate(clips):
             pose = _metres(clip)[min(t, len(clip) - 1)]
@@ -92,10 +101,16 @@ def render_frames(
     return pictures
 
 
+def _on_the_spot(motion: Motion, path: np.ndarray) -> Motion:
+    """The clip as a camera that follows `path` [T, 3] sees it."""
+    at = path[np.minimum(np.arange(len(motion)), len(path) - 1)] / (0.001 if motion.layout is KIT else 1.0)
+    return Motion(motion.joints - at[:, None], motion.fps, motion.layout)
+
+
 def contact_strip(motion: Motion, *, count: int = 6, size: int = 192, camera: Camera | None = None) -> Image.Image:
     """`count` moments of a clip side by side: the clip at a glance, for sheets and reports."""
     moments = np.linspace(0, len(motion) - 1, count).round().astype(int).tolist()
-    pictures = render_frames(motion, size=size, camera=camera, frames=moments)
+    pictures = render_frames(motion, size=size, camera=camera, frames=moments, follow=camera is None)
     strip = Image.new("RGB", (size * count, size))
     for k, picture in enumerate(pictures):
         strip.paste(picture, (k * size, 0))
@@ -136,8 +151,13 @@ def _direction(v: np.ndarray) -> np.ndarray:
 class _Canvas:
     def __init__(self, height: int, width: int, camera: Camera) -> None:
         self.height, self.width, self.camera = height, width, camera
-        self.eye, self.rows = camera.axes()
+        self.home, self.rows = camera.axes()
         self.focal = camera.lens * height / 2
+        self.move(np.zeros(3))
+
+    def move(self, by: np.ndarray) -> None:
+        """Stand `by` away from the camera's own place."""
+        self.eye, self.centre = self.home + by, np.array(self.camera.target) + by
         self.background, self.floor = self._floor()
 
     def _floor(self) -> tuple[np.ndarray, np.ndarray]:
@@ -149,7 +169,7 @@ class _Canvas:
         place = self.eye + far[..., None] * rays
         floor = place[..., [0, 2]]
         tiles = np.where(down, (np.floor(np.nan_to_num(floor[..., 0])) + np.floor(np.nan_to_num(floor[..., 1]))) % 2, 0)
-        away = np.linalg.norm(np.nan_to_num(floor) - np.array(self.camera.target)[[0, 2]], axis=-1)
+        away = np.linalg.norm(np.nan_to_num(floor) - self.centre[[0, 2]], axis=-1)
         fade = np.where(down, np.exp(-((away / (3.0 * self.camera.distance)) ** 2)), 0)[..., None]
         sky = np.array([0.93, 0.94, 0.96]) - 0.06 * (y / self.height)[..., None]
         ground = np.where(tiles[..., None] > 0, 0.78, 0.70) * np.array([1.0, 1.0, 0.99])

@@ -22,9 +22,10 @@ def write_gif(
     size: int | tuple[int, int] = 256,
     camera: Camera | None = None,
     fps: float = 20.0,
+    follow: bool = False,
 ) -> None:
     """An endless GIF, one palette for all frames. GIF counts in hundredths of a second: 20, 25 and 50 fps are exact."""
-    frames = render_frames(motion, size=size, camera=camera, fps=fps)
+    frames = render_frames(motion, size=size, camera=camera, fps=fps, follow=follow)
     sample = frames[:: max(len(frames) // 6, 1)][:6]
     sheet = np.concatenate([np.asarray(f) for f in sample])
     from PIL import Image
@@ -44,6 +45,7 @@ def write_mp4(
     size: int | tuple[int, int] = 384,
     camera: Camera | None = None,
     fps: float = 20.0,
+    follow: bool = False,
 ) -> None:
     """H.264 in MP4 by ffmpeg (extra `motion`; IMAGEIO_FFMPEG_EXE names your own). Sizes must be even."""
     try:
@@ -53,7 +55,7 @@ def write_mp4(
     height, width = (size, size) if isinstance(size, int) else size
     if height % 2 or width % 2:
         raise WeftError(f"size {height}x{width}: H.264 needs even numbers")
-    frames = render_frames(motion, size=size, camera=camera, fps=fps)
+    frames = render_frames(motion, size=size, camera=camera, fps=fps, follow=follow)
     with tempfile.TemporaryDirectory() as folder:
         made = os.path.join(folder, "clip.mp4")
         writer = imageio_ffmpeg.write_frames(made, (width, height), fps=fps, quality=7, macro_block_size=2)

@@ -1,0 +1,25 @@
+"""Run by Blender: `blender -b -P blender_joints.py -- FILE FPS OUT`: joint positions by name and frame, y up, as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import bpy  # type: ignore[import-not-found]
+
+path, fps, out = sys.argv[sys.argv.index("--") + 1 :]
+bpy.ops.wm.read_factory_settings(use_empty=True)
+bpy.context.scene.render.fps = int(fps)
+if path.endswith(".bvh"):
+    bpy.ops.import_anim.bvh(filepath=path, axis_forward="-Z", axis_up="Y", frame_start=0, use_fps_scale=False)
+else:
+    bpy.ops.import_scene.gltf(filepath=path)
+armature = next(o for o in bpy.context.scene.objects if o.type == "ARMATURE")
+start, stop = armature.animation_data.action.frame_range
+frames = []
+for frame in range(round(start), round(stop) + 1):
+    bpy.context.scene.frame_set(frame)
+    heads = {b.name: armature.matrix_world @ b.head for b in armature.pose.bones}
+    frames.append({name: [p.x, p.z, -p.y] for name, p in heads.items()})
+with open(out, "w") as handle:
+    json.dump({"frames": frames, "meshes": sum(o.type == "MESH" for o in bpy.context.scene.objects)}, handle)

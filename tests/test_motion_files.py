@@ -1,0 +1,404 @@
+"""Motion files: what is written comes back, what is damaged is refused by name, and Blender agrees."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from motion_clips import procedural
+from weft.errors import WeftError
+from weft.motion import (
+    HUMANML3D,
+    Motion,
+    Rig,
+    from_features,
+    load_part,
+    place,
+    read_motion,
+    retarget,
+    to_motion,
+    write_motion,
+)
+from weft.motion.files.acclaim import read_amc
+from weft.motion.files.amass import amass_joints, read_body
+from weft.motion.files.bvh import read_bvh, write_bvh
+from weft.motion.files.humanml3d import build, read_captions, records
+from weft.motion.ik import solve
+from weft.motion.render import render_frames
+from weft.motion.rotation import from_axis_angle, rotate
+from weft.motion.viewer import viewer_page
+from weft.record import motion_part, read_records, write_records
+
+BLENDER = shutil.which("blender")
+
+
+@pytest.fixture(scope="module")
+def clip() -> Motion:
+    """A clip with one rigid body: what features give."""
+    return Motion(place(retarget(procedural(24, 11, swing=0.25))))
+
+
+def rigid(motion: Motion) -> Motion:
+    """The nearest clip whose hips and shoulders are rigid, as a real body's are."""
+    return Motion(solve(motion).positions(), motion.fps)
+
+
+@pytest.mark.parametrize("suffix", [".bvh", ".glb", ".npz", ".npy"])
+def test_round_trip(clip: Motion, tmp_path: Path, suffix: str) -> None:
+    body = rigid(clip)
+    write_motion(body, tmp_path / f"a{suffix}")
+    again = read_motion(tmp_path / f"a{suffix}", fps=20)
+    assert again.joints.shape == body.joints.shape and again.fps == 20
+    assert np.abs(again.joints - body.joints).max() < 1e-5
+    if suffix in (".bvh", ".glb"):  # bones that change length and bend at the hips: with translations
+        write_motion(clip, tmp_path / f"b{suffix}", exact=True)
+        assert np.abs(read_motion(tmp_path / f"b{suffix}", fps=20).joints - clip.joints).max() < 1e-5
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+@pytest.mark.parametrize("suffix", [".bvh", ".glb", ".npz", ".npy", ".gif"])
+def test_few_frames(tmp_path: Path, frames: int, suffix: str) -> None:
+    motion = Motion(procedural(frames, 1))
+    options = {"size": 32} if suffix == ".gif" else {}
+    write_motion(motion, tmp_path / f"a{suffix}", **options)
+    if suffix != ".gif":
+        assert len(read_motion(tmp_path / f"a{suffix}")) == frames
+
+
+def test_rest_pose_and_rates(clip: Motion, tmp_path: Path) -> None:
+    pose = write_bvh(Motion(clip.joints, 30), tmp_path / "a.bvh")
+    rest = np.array(pose.offsets)
+    assert rest[HUMANML3D.index("left_elbow"), 0] > 0.2 and rest[HUMANML3D.index("right_wrist"), 0] < -0.2
+    assert rest[HUMANML3D.index("left_knee"), 1] < -0.3
+    text = (tmp_path / "a.bvh").read_text()
+    assert text.count("End Site") == 5 and "nan" not in text.lower()
+    assert read_bvh(tmp_path / "a.bvh").fps == 30
+    resampled = read_motion(tmp_path / "a.bvh", fps=20)
+    assert resampled.fps == 20 and len(resampled) == 16
+
+
+def test_opposite_vectors_in_files(tmp_path: Path) -> None:
+    joints = np.repeat(procedural(1, 0, swing=0.0), 4, axis=0).astype(np.float64)
+    for joint in HUMANML3D.joints[1:]:  # the body on its head, every bone opposite to its rest direction
+        k = HUMANML3D.index(joint)
+        joints[2, k] = joints[2, HUMANML3D.parents[k]] - (joints[1, k] - joints[1, HUMANML3D.parents[k]])
+    for suffix in (".bvh", ".glb"):
+        write_motion(Motion(joints), tmp_path / f"a{suffix}", exact=True)
+        again = read_motion(tmp_path / f"a{suffix}", fps=20)
+        assert np.abs(again.joints - joints).max() < 1e-5
+
+
+def lines_of(clip: Motion, path: Path) -> list[str]:
+    write_bvh(clip, path)
+    return path.read_text().splitlines()
+
+
+def test_damaged_bvh(clip: Motion, tmp_path: Path) -> None:
+    path = tmp_path / "a.bvh"
+    lines = lines_of(clip, path)
+    start = lines.index("MOTION")
+    cases = {
+        "truncated": lines[:-3],
+        "truncated: ": lines[:-1] + [lines[-1][:40]],
+        "open": lines[: start - 6] + lines[start:],
+        "no HIERARCHY": lines[: start - 10],
+        "frame 2 has": lines[: start + 5] + [lines[start + 5] + " 1.0"] + lines[start + 6 :],
+        "NaN": lines[: start + 4]
+        + [lines[start + 4].replace(lines[start + 4].split()[5], "nan", 1)]
+        + lines[start + 5 :],
+        "no number": lines[: start + 4]
+        + [lines[start + 4].replace(lines[start + 4].split()[5], "x1")]
+        + lines[start + 5 :],
+        "Wrotation": [line.replace("Zrotation", "Wrotation") for line in lines],
+        "at most once": [line.replace("Zrotation Y", "Yrotation Y") for line in lines],
+        "frame time": [line.replace("Frame Time: 0.05", "Frame Time: 0.0  #") for line in lines],
+        "unknown skeleton": [line.replace("JOINT ", "JOINT bone_") for line in lines],
+    }
+    for what, damaged in cases.items():
+        path.write_text("\n".join(damaged))
+        with pytest.raises(WeftError) as raised:
+            read_motion(path)
+        assert str(path) in str(raised.value) and "\n" not in str(raised.value), what
+    path.write_bytes(b"\x00\xff" * 50)
+    with pytest.raises(WeftError):
+        read_motion(path)
+    with pytest.raises(WeftError, match="does not exist"):
+        read_motion(tmp_path / "no.bvh")
+    with pytest.raises(WeftError, match="suffix"):
+        read_motion(tmp_path / "a.fbx")
+
+
+def test_channel_order_is_obeyed(tmp_path: Path) -> None:
+    def bvh(order: str, angles: str) -> np.ndarray:
+        channels = " ".join(f"{c}rotation" for c in order)
+        text = (
+            "HIERARCHY\nROOT a\n{\nOFFSET 0 0 0\nCHANNELS 6 Zposition Xposition Yposition "
+            f"{channels}\nJOINT b\n{{\nOFFSET 1 2 3\nCHANNELS 1 Xrotation\nJOINT c\n{{\nOFFSET 0 1 0\nCHANNELS 0\n"
+            "End Site\n{\nOFFSET 0 1 0\n}\n}\n}\n}\n"
+            f"MOTION\nFrames: 1\nFrame Time: 0.01\n30 10 20 {angles} 90\n"
+        )
+        (tmp_path / "a.bvh").write_text(text)
+        return read_bvh(tmp_path / "a.bvh", root="absolute").positions[0]
+
+    still = bvh("XYZ", "0 0 0")
+    assert np.allclose(still, [[10, 20, 30], [11, 22, 33], [11, 22, 34]])
+    assert np.allclose(bvh("ZXY", "90 0 0")[1], [10 - 2, 20 + 1, 33])
+    # ZXY is Rz Rx Ry: y first
+    q = [from_axis_angle(np.radians(v)) for v in ([0, 0, 40.0], [50.0, 0, 0], [0, 60.0, 0])]
+    wanted = rotate(q[0], rotate(q[1], rotate(q[2], np.array([1.0, 2, 3]))))
+    assert np.allclose(bvh("ZXY", "40 50 60")[1] - [10, 20, 30], wanted)
+
+
+ASF = """# test
+:version 1.10
+:units
+  mass 1.0
+  length 0.45
+  angle deg
+:root
+   order TX TY TZ RX RY RZ
+   axis XYZ
+   position 0 0 0
+:bonedata
+  begin
+     name up
+     direction 0 1 0
+     length 2
+     axis 0 0 90 XYZ
+    dof rx rz
+  end
+  begin
+     name tip
+     direction 1 0 0
+     length 1
+     axis 0 0 0 XYZ
+  end
+:hierarchy
+  begin
+    root up
+    up tip
+  end
+"""
+AMC = "#!OML\n:FULLY-SPECIFIED\n:DEGREES\n1\nroot 1 2 3 0 0 0\nup 0 0\n2\nroot 0 0 0 0 90 0\nup 90 0\n"
+
+
+def test_acclaim(tmp_path: Path) -> None:
+    (tmp_path / "01.asf").write_text(ASF.replace("\n", "\r\n"))
+    (tmp_path / "01_01.amc").write_text(AMC.replace("\n", "\r\n"))
+    rig = read_amc(tmp_path / "01_01.amc")
+    assert rig.names == ["root", "up", "tip"] and rig.fps == 120 and rig.parents == [-1, 0, 1]
+    metres = 0.0254 / 0.45
+    assert np.allclose(rig.positions[0] / metres, [[1, 2, 3], [1, 4, 3], [2, 4, 3]])
+    # about the bone's own x, which its axis has turned to +y: a quarter turn about y, twice with the root
+    assert np.allclose(rig.positions[1] / metres, [[0, 0, 0], [0, 2, 0], [-1, 2, 0]], atol=1e-9)
+    for what, text in {
+        "truncated": AMC[:-9],
+        "skeleton 2 freedoms": AMC.replace("up 90 0", "up 90"),
+        "not in the skeleton": AMC.replace("up 90", "leg 90"),
+        "NaN": AMC.replace("up 90 0", "up nan 0"),
+        "radians": AMC.replace("DEGREES", "RADIANS"),
+        "no frames": ":DEGREES\n",
+        "before the first": "root 1\n",
+    }.items():
+        (tmp_path / "01_01.amc").write_text(text)
+        with pytest.raises(WeftError, match=what):
+            read_amc(tmp_path / "01_01.amc")
+    (tmp_path / "01_01.amc").write_text(AMC)
+    for what, text in {
+        "cut off": ASF[: ASF.index(":hier")],
+        "no end": ASF[:-7],
+        "bone data": ASF.replace("length 2", "length"),
+    }.items():
+        (tmp_path / "01.asf").write_text(text)
+        with pytest.raises(WeftError, match=what):
+            read_amc(tmp_path / "01_01.amc")
+    with pytest.raises(WeftError, match="unknown skeleton"):
+        to_motion(rig)
+
+
+def foreign(table: dict, clip: Motion, unit: float, prefix: str = "") -> Rig:
+    """The clip under another rig's names, z up."""
+    names = [prefix + (p if isinstance(p, str) else p[0]) for p in table.values()]
+    joints = clip.joints[:, [HUMANML3D.index(k) for k in table]] * unit
+    z_up = np.stack([joints[..., 0], -joints[..., 2], joints[..., 1]], axis=-1)
+    return Rig(names, [-1] * len(names), z_up, 20.0)
+
+
+def test_tables_units_and_axes(clip: Motion) -> None:
+    from weft.motion.rig import TABLES
+
+    for name, prefix in (("mixamo", "mixamorig:"), ("iclone", ""), ("humanml3d", "")):
+        for unit in (1.0, 100.0, 1000.0, 1 / 0.0254):
+            found = to_motion(foreign(TABLES[name], clip, unit, prefix))
+            assert found.meta["table"] == name and np.abs(found.joints - clip.joints).max() < 1e-4
+    rig = foreign(TABLES["mixamo"], clip, 1.0)
+    own = {k: v for k, v in zip(HUMANML3D.joints, [TABLES["mixamo"][k] for k in HUMANML3D.joints], strict=True)}
+    assert np.abs(to_motion(rig, own, unit="cm").joints * 100 - clip.joints).max() < 1e-4
+    for bad in ({"pelvis": "Hips"}, own | {"head": "Skull"}, "poser"):
+        with pytest.raises(WeftError, match="table"):
+            to_motion(rig, bad)
+    with pytest.raises(WeftError, match="human height"):
+        to_motion(foreign(TABLES["mixamo"], clip, 1e-4))
+    rig.positions[3, 4] = np.nan
+    with pytest.raises(WeftError, match="first"):
+        to_motion(rig)
+
+
+def test_arrays(clip: Motion, tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    features = clip.features(heading="correct")
+    np.save(path, features)
+    assert np.abs(read_motion(path).joints - from_features(features).joints).max() == 0
+    np.save(path, clip.joints.reshape(len(clip), 66))
+    assert np.array_equal(read_motion(path).joints, clip.joints)
+    np.save(path, np.pad(clip.joints, ((0, 0), (0, 30), (0, 0))))  # SMPL-H's 52
+    assert np.array_equal(read_motion(path).joints, clip.joints)
+    for bad in (np.zeros((5, 7)), np.full((5, 263), np.nan), np.array(["a"]), np.zeros(3)):
+        np.save(path, bad)
+        with pytest.raises(WeftError, match="a.npy"):
+            read_motion(path)
+    np.save(path, clip.joints)
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(WeftError, match="truncated"):
+        read_motion(path)
+    np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(WeftError, match="pickled"):
+        read_motion(path)
+
+
+def body_file(path: Path) -> Path:
+    """A body model of 22 joints: one vertex a joint, betas that stretch it."""
+    rest = np.cumsum(np.ones((22, 3)) * 0.01, axis=0)
+    for k, parent in enumerate(HUMANML3D.parents):
+        if parent >= 0:
+            rest[k] = rest[parent] + HUMANML3D.directions[k] * HUMANML3D.bone_lengths()[k]
+    shapes = np.zeros((22, 3, 16))
+    shapes[..., 0] = rest * 0.1
+    tree = np.array([[4294967295, *HUMANML3D.parents[1:]], range(22)])
+    np.savez(path, v_template=rest, shapedirs=shapes, J_regressor=np.eye(22), kintree_table=tree)
+    return path
+
+
+def test_amass_and_building_the_dataset(tmp_path: Path) -> None:
+    body = read_body(body_file(tmp_path / "model.npz"))
+    rng = np.random.default_rng(0)
+    frames = 130
+    poses = np.cumsum(rng.normal(size=(frames, 66)) * 0.01, axis=0)
+    trans = np.cumsum(rng.normal(size=(frames, 3)) * 0.01, axis=0)
+    data = {"poses": poses, "trans": trans, "betas": np.array([1.0] + [0.0] * 15), "mocap_framerate": 59.0}
+    joints, fps = amass_joints(data, body)
+    assert fps == 59 and np.allclose(joints[:, 0, 1], trans[:, 2] + body.rest[0, 2] * 1.1)
+    lengths = np.linalg.norm(joints[:, 1:] - joints[:, list(HUMANML3D.parents[1:])], axis=-1)
+    assert np.allclose(lengths, HUMANML3D.bone_lengths()[1:] * 1.1)
+    raw, _ = amass_joints(data, body, raw=True, stride_fps=20)
+    assert len(raw) == 65 and np.allclose(raw * [-1, 1, 1], joints[::2])
+
+    source = tmp_path / "amass" / "MPI_Limits" / "1"
+    source.mkdir(parents=True)
+    np.savez(source / "a_poses.npz", gender=np.array("male"), dmpls=np.zeros((frames, 8)), **data)
+    with pytest.raises(WeftError, match="body model"):
+        read_motion(source / "a_poses.npz")
+    assert len(read_motion(source / "a_poses.npz", bodies=body)) == frames
+    index = "source_path,start_frame,end_frame,new_name\n"
+    index += "./pose_data/MPI_Limits/1/a_poses.npy,0,40,000001.npy\n./pose_data/no/b.npy,0,9,000002.npy\n"
+    (tmp_path / "index.csv").write_text(index)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "000001.txt").write_text("a man lifts his left arm#a/DET man/NOUN#0.0#0.0\n")
+    out = tmp_path / "out"
+    made = build(tmp_path / "amass", tmp_path / "index.csv", out, {"male": body}, texts=tmp_path / "texts")
+    assert made["clips"] == 1 and made["with mirrors"] == 2 and made["texts"] == 2
+    assert len(made["left out"]) == 1 and "000002" in made["left out"][0]
+    vectors = np.load(out / "new_joint_vecs" / "000001.npy")
+    assert vectors.shape == (39, 263)  # 65 frames less the second cut from MPI_Limits, cut to 40, less one
+    assert "right arm" in (out / "texts" / "M000001.txt").read_text()
+    (out / "train.txt").write_text("000001\nM000001\n000009\n")
+    found = records(out, least=20)
+    assert [r.id for r in found] == ["000001-0", "M000001-0"] and found[1].instruction == "a man lifts his right arm"
+    assert found[0].target is not None and len(load_part(found[0].target, found[0].root)) == 39
+    with pytest.raises(WeftError, match="2 length"):
+        records(out)
+
+
+def test_captions(tmp_path: Path) -> None:
+    lines = [
+        "a person walks.#a/DET person/NOUN walk/VERB#0.0#0.0",
+        "turns#turn/VERB#2.0#4.5",
+        "goes #1 fast#go/VERB#nan#nan",
+        "sits##0.0#0.0",
+        "only text",
+        "bad#x/X#a#b",
+        "two#fields",
+    ]
+    (tmp_path / "1.txt").write_text("\n".join(lines))
+    captions, faults = read_captions(tmp_path / "1.txt")
+    assert [c.text for c in captions] == ["a person walks.", "turns", "goes #1 fast", "sits", "only text", "bad", "two"]
+    assert (captions[1].start, captions[1].stop, captions[0].start) == (2.0, 4.5, None)
+    assert captions[0].tokens[2] == ("walk", "VERB")
+    assert [f.split(":")[1] for f in faults] == ["3", "4", "6", "7"]
+
+
+def test_motion_parts(clip: Motion, tmp_path: Path) -> None:
+    write_motion(clip, tmp_path / "a.bvh", exact=True)
+    part = motion_part("a.bvh", "source")
+    assert np.abs(load_part(part, tmp_path).joints - clip.joints).max() < 1e-5
+    held = motion_part(clip)
+    assert load_part(held) is clip and held.digest() == clip.digest
+    with pytest.raises(WeftError, match="not a movement"):
+        from weft.record import text_part
+
+        load_part(text_part("x"))
+    from weft.record import make_record
+
+    record = make_record("walk slower", motion_part("a.bvh"), root=tmp_path)
+    write_records([record], tmp_path / "r.jsonl")
+    again = next(iter(read_records(tmp_path / "r.jsonl")))
+    assert again.source is not None and len(load_part(again.source, again.root)) == len(clip)
+
+
+def test_pictures(clip: Motion, tmp_path: Path) -> None:
+    frames = render_frames(clip, size=(48, 64), frames=[0, 20])
+    assert [f.size for f in frames] == [(64, 48)] * 2 and np.asarray(frames[0]).std() > 10
+    assert np.abs(np.asarray(frames[0]).astype(int) - np.asarray(frames[1])).max() > 50
+    blue = np.asarray(render_frames(clip, size=64, frames=[0])[0]).astype(int)
+    assert ((blue[..., 2] - blue[..., 0]) > 60).any() and ((blue[..., 0] - blue[..., 2]) > 60).any()
+    write_motion(clip, tmp_path / "a.gif", size=32)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == len(clip) and gif.info["duration"] == 50
+    write_motion(clip, tmp_path / "a.mp4", size=64)
+    assert (tmp_path / "a.mp4").read_bytes()[4:8] == b"ftyp"
+    for bad in (8, 4096):
+        with pytest.raises(WeftError, match="pixels"):
+            render_frames(clip, size=bad)
+
+
+def test_viewer(clip: Motion) -> None:
+    page = viewer_page([clip, clip.mirror()], names=["</script><b>", "mirrored"], title="<walk>")
+    assert "&lt;walk&gt;" in page and "</script><b>" not in page and "http" not in page
+    data = json.loads(page.split('id="clips">')[1].split("</script>")[0])
+    assert len(data) == 2 and data[0]["frames"] == len(clip)
+    with pytest.raises(WeftError):
+        viewer_page([])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BLENDER is None, reason="Blender is not installed")
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("suffix", [".bvh", ".glb"])
+def test_blender_has_the_same_joints(clip: Motion, tmp_path: Path, suffix: str, exact: bool) -> None:
+    motion = clip if exact else rigid(clip)
+    path, out = tmp_path / f"a{suffix}", tmp_path / "joints.json"
+    write_motion(motion, path, exact=exact)
+    script = Path(__file__).with_name("blender_joints.py")
+    command = [str(BLENDER), "-b", "--factory-startup", "-P", str(script), "--", str(path), "20", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert out.is_file(), done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads(out.read_text())
+    assert len(found["frames"]) == len(motion)
+    joints = np.array([[frame[name] for name in HUMANML3D.joints] for frame in found["frames"]])
+    assert np.abs(joints - motion.joints).max() < 1e-3
