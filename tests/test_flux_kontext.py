@@ -523,3 +523,27 @@ def test_missing_parts_and_licences_are_named(folder, tmp_path):
 def test_a_text_that_is_cut_is_reported(model, caplog):
     model.encode_text(["a red star " * 20])
     assert "a text has 61 tokens, the model reads 32" in caplog.records[0].getMessage()
+
+
+@torch.no_grad()
+def test_a_new_model_is_built_around_trained_parts(tmp_path):
+    from tiny import tiny_kontext_folder
+    from weft.models.build_flux import build_flux, main
+
+    kontext = tiny_kontext_folder(tmp_path / "kontext")
+    out = build_flux("recipes/tiny/omni.yaml", kontext, tmp_path / "omni")
+    new, old = load(out, device="cpu"), load(kontext, device="cpu")
+    assert new.resolution == 64 and not new.transformer.config.guidance_embeds
+    states, theirs = new.encode_text(["a red star"])[0], old.encode_text(["a red star"])[0]
+    assert torch.allclose(states["text"], theirs["text"][24:], atol=1e-6)  # T5's half of SD3's text
+    pooled = old.parts["text_encoder"].text_projection(states["pooled"])
+    assert torch.allclose(pooled, theirs["pooled"][:32], atol=1e-5)
+    c = new.encode([make_record("make it red", picture(64, 64), references=[picture(40, 80, 1)])])
+    assert not new.velocity(X[:1, :, :8, :8], SIGMA[:1], new.prepare(c)).any()  # starts as the zero velocity
+    with pytest.raises(WeftError, match="exists"):
+        build_flux("recipes/tiny/omni.yaml", kontext, out)
+    with pytest.raises(WeftError, match="joint_attention_dim is 7, the other parts need 64"):
+        build_flux({"transformer": {"joint_attention_dim": 7}}, kontext, tmp_path / "x")
+    with pytest.raises(WeftError, match="unknown section 'transformr'"):
+        build_flux({"transformer": {}, "transformr": {}}, kontext, tmp_path / "x")
+    assert main(["recipes/tiny/omni.yaml", str(tmp_path / "none"), str(tmp_path / "x")]) == 2
