@@ -23,6 +23,7 @@ from weft.record import Part, Record, make_record
 from weft.rng import seed_of
 
 if TYPE_CHECKING:
+    from weft.models.rewriter import Rewriter
     from weft.types import FlowModel
 
 Picture = Image.Image | str | Path
@@ -79,8 +80,15 @@ class Model:
     Every picture is a function of (model, instruction, pictures, options, its own seed) and not of its batch.
     """
 
-    def __init__(self, flow: FlowModel, name: str | None = None, defaults: Defaults | None = None) -> None:
+    def __init__(
+        self,
+        flow: FlowModel,
+        name: str | None = None,
+        defaults: Defaults | None = None,
+        rewriter: Rewriter | None = None,
+    ) -> None:
         self.flow = flow
+        self.rewriter = rewriter
         self.name = name or flow.name
         self.defaults = defaults or Defaults()
 
@@ -179,6 +187,7 @@ class Model:
             WeftError: as `generate`; as many seeds as not outputs.
         """
         options = options or Options()
+        records = self.rewriter.rewrite(records) if self.rewriter is not None else records
         if n < 1:
             raise WeftError(f"n is {n}; it must be at least 1")
         if seeds is None:
@@ -216,6 +225,8 @@ class Model:
                 "weft": weft.__version__, "model": self.name, "instruction": record.instruction, "seed": seed,
                 "steps": steps, "guidance": guidance, "negative": options.negative,
             }  # fmt: skip
+            if "asked" in record.meta:  # the instruction is the rewriter's
+                facts["asked"] = record.meta["asked"]
             image.info["weft"] = facts
             yield Output(record, image, seed, facts)
 
@@ -240,8 +251,13 @@ def load(
     quantization: str | dict[str, str] | None = None,
     resolution: int | None = None,
     options: Mapping[str, Any] | None = None,
+    vram: int | None = None,
+    rewriter: Rewriter | None = None,
 ) -> Model:
     """Load a zoo name, a folder in diffusers layout, or a hub id; the options are those of `weft.models.load.load`.
+
+    `rewriter` (`weft.models.rewriter.open_rewriter`) puts instructions with pictures into the form that the model's
+    adapters were trained on.
 
     Raises:
         WeftError: unknown name (the known ones are listed), a folder that is broken or of an unknown family.
@@ -253,10 +269,10 @@ def load(
     flow = load_flow(
         folder, device=device, dtype=dtype, lora=lora, adapters=adapters, attention_backend=attention_backend,
         tiling=tiling, slicing=slicing, offload=offload, quantization=quantization, resolution=resolution,
-        options=options,
+        options=options, vram=vram,
     )  # fmt: skip
     flow.name = str(model)  # in results and reports, the model rather than its family
-    return Model(flow, str(model), read_defaults(folder, Defaults(flow.steps, flow.guidance)))
+    return Model(flow, str(model), read_defaults(folder, Defaults(flow.steps, flow.guidance)), rewriter)
 
 
 def read_defaults(folder: Path, family: Defaults) -> Defaults:

@@ -62,7 +62,15 @@ class Doctor:
     """Versions against the tested ones, device, threads, speed, extras, models, disk. Exit status 1 if something must
     be mended."""
 
+    licences: bool = False
+    """Print what is known about the licences of the public checkpoints instead."""
+
     def run(self) -> int:
+        if self.licences:
+            from weft.models.licences import LICENCES
+
+            print("\n".join(f"{name}\n    {note}" for name, note in sorted(LICENCES.items())))
+            return 0
         from rich.console import Console
 
         console = Console(highlight=False, soft_wrap=True)

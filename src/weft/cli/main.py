@@ -23,6 +23,7 @@ COMMANDS = {
     "tour": ("weft.cli.checks", "Tour", "the whole system on the tiny models that ship with weft; one HTML report"),
     "generate": ("weft.cli.make", "Generate", "make pictures from a sentence; {file.png} in it is a reference picture"),
     "edit": ("weft.cli.make", "Edit", "change a picture as a sentence says"),
+    "describe": ("weft.cli.describe", "Describe", "ask a vision-language model about pictures"),
     "train": ("weft.cli.training", "Train", "run a recipe (YAML); continues where it was stopped"),
     "plan": ("weft.cli.training", "Plan", "what a recipe would cost: steps, forwards, tokens, time, memory"),
     "eval world": ("weft.cli.evaluate", "EvalWorld", "success on the embedded world, measured by its oracle"),
@@ -30,6 +31,7 @@ COMMANDS = {
     "data show": ("weft.cli.data", "Show", "an HTML page of records: inputs, instruction, target"),
     "data convert": ("weft.cli.data", "Convert", "any source (folder, parquet, ...) to weft's JSONL and pictures"),
     "reward serve": ("weft.cli.reward", "Serve", "scorers behind HTTP, for trainers on this or other machines"),
+    "export": ("weft.cli.export", "Export", "merged weights or a LoRA for other tools; opened again and compared"),
     "doctor": ("weft.cli.checks", "Doctor", "versions, device, speed, extras, models, disk: what works here"),
 }
 INTERRUPTED = 130

@@ -54,14 +54,35 @@ class ModelOptions:
     """Keep idle networks (model) or layers (sequential) in main memory."""
     quantization: Annotated[Literal["8bit", "4bit"] | None, QUIET] = None
     """Load transformer and T5 in fewer bits (extra: quant)."""
+    vram: Annotated[Literal[16, 24, 48, 80] | None, QUIET] = None
+    """Choose --offload, --quantization, --tiling and --slicing for a GPU of so many GiB."""
     resolution: Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="")] = None
     """The longer edge of pictures that no --size is given for; default: the model's."""
+    rewriter: Annotated[str | None, tyro.conf.arg(metavar="FOLDER|URL", help_behavior_hint="")] = None
+    """A VLM that puts the instruction into the form the adapters were trained on: a folder or hub id, or the address of
+    an OpenAI-compatible server."""
+    rewriter_model: Text = None
+    """The VLM's name on that server."""
+    rewrite: Literal["off", "on", "several"] = "several"
+    """With a --rewriter: which requests it rewrites; several: those with two pictures or more."""
+    strict_slice: bool = False
+    """Cut the rewriter's tags off by length, as DreamOmni2's release does."""
 
     def load(self) -> Model:
-        """The loaded model."""
+        """The loaded model; its licence, where one is known, goes to stderr."""
+        import sys
+
         import weft
 
-        return weft.load(
+        rewriter = None
+        if self.rewriter is not None and self.rewrite != "off":
+            from weft.models.rewriter import open_rewriter
+
+            rewriter = open_rewriter(
+                self.rewriter, when=self.rewrite, strict_slice=self.strict_slice, model=self.rewriter_model,
+                device=self.device, dtype=self.dtype,
+            )  # fmt: skip
+        model = weft.load(
             self.model,
             device=self.device,
             dtype=self.dtype,
@@ -74,7 +95,13 @@ class ModelOptions:
             quantization=self.quantization,
             resolution=self.resolution,
             options=dict(parse_option(text) for text in self.option),
+            vram=self.vram,
+            rewriter=rewriter,
         )
+        licence = getattr(model.flow, "licence", None)
+        if licence:
+            print(f"licence of {self.model}: {licence}", file=sys.stderr)
+        return model
 
 
 def parse_option(text: str) -> tuple[str, Any]:

@@ -17,6 +17,7 @@ from weft.models.image.flux_kontext import FluxKontext, FluxOptions
 from weft.models.image.metaquery import MetaQueryOptions, UniPic2MetaQuery
 from weft.models.image.qwen_image_edit import QwenImageEdit, QwenOptions
 from weft.models.image.sd3_kontext import UniPic2Kontext
+from weft.models.memory import preset_for
 from weft.models.routing import ROUTES
 from weft.models.weights import (
     FLUX,
@@ -113,6 +114,7 @@ def load(
     quantization: str | dict[str, str] | None = None,
     resolution: int | None = None,
     options: Mapping[str, Any] | None = None,
+    vram: int | None = None,
 ) -> Any:
     """The model in a zoo entry, a folder in diffusers layout, or a hub repository (needs a network).
 
@@ -125,21 +127,26 @@ def load(
     of the VAE. `offload`: "none", "model" (one network at a time on the device) or "sequential" (one layer at a time),
     by accelerate. `quantization`: "4bit" (NF4) or "8bit" for the largest parts, or a dict of part name to one of them,
     by bitsandbytes (extra `quant`). `resolution`: size in pixels, by the family's rule, of pictures whose record names
-    none. `options`: the family's own, e.g. those of `weft.models.image.flux_kontext.FluxOptions`; they and the
+    none. `vram`: offload, quantization, tiling and slicing as a GPU of 16, 24, 48 or 80 GiB needs them
+    (`weft.models.memory.preset`). `options`: the family's own, e.g. those of
+    `weft.models.image.flux_kontext.FluxOptions`; they and the
     resolution have their defaults in the folder's `weft.json`.
     Raises WeftError if the model is unknown or broken, or an option cannot be honoured here.
     """
     folder = find_model(str(name_or_folder))
     target = _device(device)
     kind = _dtype(dtype, target)
+    if vram is not None:
+        if offload != "none" or quantization is not None:
+            raise WeftError("vram chooses offload and quantization: leave these out, or leave out vram")
+        found = preset_for(folder, vram)
+        offload, quantization = found.offload, found.quantization
+        tiling, slicing = tiling or found.tiling, slicing or found.slicing
     if offload not in ("none", "model", "sequential"):
         raise WeftError(f"offload {offload!r} is unknown; choose none, model or sequential")
     if offload != "none" and target.type == "cpu":
         raise WeftError(f"offload={offload!r} needs an accelerator to offload from; here is only the CPU")
-    declared = _declared(folder)
-    if declared not in FAMILIES:
-        raise WeftError(f"{folder}: model class {declared!r} is not supported; supported: {', '.join(FAMILIES)}")
-    family = FAMILIES[declared]
+    family = family_of(folder)
     card = read_json(folder / "weft.json")
     wanted = make_options(family, {**card.get("options", {}), **(options or {})})
     configs = quantization_configs(quantization, kind, target, family)
@@ -171,6 +178,14 @@ def load(
     else:
         _offload(model, offload, target, family.order, skip=set(configs))
     return model
+
+
+def family_of(folder: Path) -> Family:
+    """The family of a model folder. Raises WeftError if it is of none."""
+    declared = _declared(folder)
+    if declared not in FAMILIES:
+        raise WeftError(f"{folder}: model class {declared!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[declared]
 
 
 def make_options(family: Family, given: Mapping[str, Any]) -> Any:
@@ -348,7 +363,9 @@ def _offload(
     for name in order:
         if name not in modules or name in skip:
             continue
-        if how == "model":
+        if how == "sequential" and name in model.resident:
+            modules[name].to(device)
+        elif how == "model":
             modules[name], hook = cpu_offload_with_hook(modules[name], device, prev_module_hook=hook)
         else:
             cpu_offload(modules[name], device, offload_buffers=len(modules[name]._parameters) > 0)

@@ -17,28 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError
+from weft.models.licences import find_licence
 
 SD3_PARTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 SD3_OPTIONAL = ("text_encoder_3", "tokenizer_3")
 
-LICENCES = {
-    "UniPic2-SD3.5M-Kontext-2B": "MIT as published by Skywork; derived from Stable Diffusion 3.5 Medium, whose "
-    "Stability AI Community License covers its derivatives (commercial use is limited by revenue)",
-    "UniPic2-SD3.5M-Kontext-GRPO-2B": "MIT as published by Skywork; derived from Stable Diffusion 3.5 Medium, whose "
-    "Stability AI Community License covers its derivatives (commercial use is limited by revenue)",
-    "FLUX.1-Kontext-dev": "FLUX.1 [dev] Non-Commercial License of Black Forest Labs: no commercial use of the weights",
-    "DreamOmni2": "Apache-2.0 as published; its adapters run on FLUX.1 Kontext [dev], whose licence is non-commercial",
-    "stable-diffusion-3.5-medium": "Stability AI Community License (commercial use is limited by revenue)",
-    "stable-diffusion-3-medium-diffusers": "Stability AI Community License (commercial use is limited by revenue)",
-}
-
-
 def licence_note(name: str | Path) -> str | None:
-    """What is known about the licence of a public checkpoint, by its hub id, folder or place in the hub's cache."""
-    for part in reversed(Path(name).parts):  # the cache's folders are models--OWNER--NAME/snapshots/COMMIT
-        if part.split("--")[-1] in LICENCES:
-            return LICENCES[part.split("--")[-1]]
-    return None
+    """What is known about the licence of a public checkpoint (`weft.models.licences`), as one line."""
+    found = find_licence(name)
+    return None if found is None else str(found)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -52,6 +52,8 @@ class ImageFlow:
     """The filter with which pictures are resized."""
     sees: str = "raw"
     """Which pictures `states` gets: the "raw" ones, or the "inputs" at the size they are encoded at."""
+    resident: ClassVar[tuple[str, ...]] = ()
+    """Parts whose parameters are read outside their forward: never offloaded layer by layer."""
     text_tensors: ClassVar[tuple[str, ...]] = ("text", "pooled")
     """The tensors of a condition that a cache may hold in 16 bits."""
     steps, guidance = 28, 3.5

@@ -87,6 +87,7 @@ class UniPic2MetaQuery(UniPic2Kontext):
 
     name = "metaquery"
     sees: str = "inputs"
+    resident: ClassVar[tuple[str, ...]] = ("conditioner",)  # its queries are read beside its forward
     text_tensors: ClassVar[tuple[str, ...]] = ("states", "visual")
     optional_parts: ClassVar[tuple[str, ...]] = (
         *("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),

@@ -28,8 +28,8 @@ def find_vlm(name: str, folder: Path) -> Path:
             return path
     if not name:
         raise WeftError(
-            f"{folder}: a MetaQuery model needs its VLM: give its folder or hub id (--vlm), for the released "
-            "checkpoint Qwen/Qwen2.5-VL-7B-Instruct"
+            f"{folder}: a MetaQuery model needs its VLM: give its folder or hub id (--option vlm=...), for the "
+            "released checkpoint Qwen/Qwen2.5-VL-7B-Instruct"
         )
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise WeftError(f"vlm {name!r}: no such folder; give the folder or hub id of a Qwen2.5-VL model")
