@@ -113,6 +113,11 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     """Estimate a recipe's cost. With `plan.measure=true` the time is that of two real steps, else operations divided
     by an assumed rate (`plan.tflops`). Raises WeftError for a wrong recipe or an unknown model."""
     config = read_recipe(recipe, overrides)
+    if config.rollout is not None:
+        raise WeftError(
+            f"plan knows supervised runs only; to see what method {config.method.name} costs here, train with "
+            f"run.steps={config.rollout.steps_per_epoch} and read seconds/* in the log"
+        )
     assumed: list[str] = []
     modules = _modules(config)
     names = config.model.train or (["transformer"] if config.trainable is None else list(modules))
