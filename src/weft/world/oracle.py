@@ -37,7 +37,7 @@ from weft.world.scene import (
 ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "pattern": PATTERNS, "size": SIZES}
 GLOBALS = {"light": LIGHTS, "style": STYLES, "tone": TONES}
 # Calibrated on pictures that went through a VAE of 8x downsampling and on one-attribute-wrong pictures.
-SOFT = 0.8  # blur in units on both sides of every comparison: it is about what is shown, not about sharpness
+SOFT = 1.2  # blur in units on both sides of every comparison: it is about what is shown, not about sharpness
 THING_RMSE = 0.15  # of a thing's window, in 0..1: more is no drawing of this thing
 EMPTY_LOCAL = 0.11  # mean difference in a 5 x 5 window where nothing may lie
 COLLATERAL = 0.06  # mean absolute change outside the edit mask
