@@ -1,4 +1,4 @@
-"""Run by Blender: `blender -b -P blender_joints.py -- FILE FPS OUT`: joint positions by name and frame, y up, as JSON."""
+"""Run by Blender: `blender -b -P blender_joints.py -- FILE FPS OUT`: joints by name and frame, y up, JSON."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ path, fps, out = sys.argv[sys.argv.index("--") + 1 :]
 bpy.ops.wm.read_factory_settings(use_empty=True)
 bpy.context.scene.render.fps = int(fps)
 if path.endswith(".bvh"):
+    import io_anim_bvh.import_bvh as importer  # type: ignore[import-not-found]
+
+    # Debian's Blender 3.4 runs on Python 3.11, which has dropped the mode "rU" that this add-on opens files with
+    importer.open = lambda name, mode: open(name, mode.replace("U", ""))
     bpy.ops.import_anim.bvh(filepath=path, axis_forward="-Z", axis_up="Y", frame_start=0, use_fps_scale=False)
 else:
     bpy.ops.import_scene.gltf(filepath=path)

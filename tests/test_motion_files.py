@@ -109,12 +109,8 @@ def test_damaged_bvh(clip: Motion, tmp_path: Path) -> None:
         "open": lines[: start - 6] + lines[start:],
         "no HIERARCHY": lines[: start - 10],
         "frame 2 has": lines[: start + 5] + [lines[start + 5] + " 1.0"] + lines[start + 6 :],
-        "NaN": lines[: start + 4]
-        + [lines[start + 4].replace(lines[start + 4].split()[5], "nan", 1)]
-        + lines[start + 5 :],
-        "no number": lines[: start + 4]
-        + [lines[start + 4].replace(lines[start + 4].split()[5], "x1")]
-        + lines[start + 5 :],
+        "NaN": lines[:-1] + [lines[-1].rpartition(" ")[0] + " nan"],
+        "no number": lines[:-1] + [lines[-1].rpartition(" ")[0] + " x1"],
         "Wrotation": [line.replace("Zrotation", "Wrotation") for line in lines],
         "at most once": [line.replace("Zrotation Y", "Yrotation Y") for line in lines],
         "frame time": [line.replace("Frame Time: 0.05", "Frame Time: 0.0  #") for line in lines],
@@ -210,11 +206,8 @@ def test_acclaim(tmp_path: Path) -> None:
         with pytest.raises(WeftError, match=what):
             read_amc(tmp_path / "01_01.amc")
     (tmp_path / "01_01.amc").write_text(AMC)
-    for what, text in {
-        "cut off": ASF[: ASF.index(":hier")],
-        "no end": ASF[:-7],
-        "bone data": ASF.replace("length 2", "length"),
-    }.items():
+    damaged = {"cut off": ASF[: ASF.index(":hier")], "no end": ASF[:-7], "bone data": ASF.replace("length 2", "length")}
+    for what, text in damaged.items():
         (tmp_path / "01.asf").write_text(text)
         with pytest.raises(WeftError, match=what):
             read_amc(tmp_path / "01_01.amc")
@@ -356,7 +349,7 @@ def test_motion_parts(clip: Motion, tmp_path: Path) -> None:
     from weft.record import make_record
 
     record = make_record("walk slower", motion_part("a.bvh"), root=tmp_path)
-    write_records([record], tmp_path / "r.jsonl")
+    write_records(tmp_path / "r.jsonl", [record])
     again = next(iter(read_records(tmp_path / "r.jsonl")))
     assert again.source is not None and len(load_part(again.source, again.root)) == len(clip)
 
