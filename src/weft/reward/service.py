@@ -226,11 +226,10 @@ class Service:
             return await request.body(), {}
         if kind != "multipart/form-data":
             raise Refused(422, f"content type {kind[:60] or 'missing'}: send application/json or multipart/form-data")
-        form = await request.form(
-            max_files=self.limits.pictures, max_fields=1, max_part_size=min(self.limits.body, 32 << 20)
-        )
-        async with form:
-            text, files = form.get("request"), dict[str, bytes]()
+        files: dict[str, bytes] = {}
+        parts = {"max_files": self.limits.pictures, "max_fields": 1, "max_part_size": self.limits.body}
+        async with request.form(**parts) as form:
+            text = form.get("request")
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
                     files[name] = await value.read()
