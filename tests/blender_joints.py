@@ -17,6 +17,9 @@ if path.endswith(".bvh"):
     importer.open = lambda name, mode: open(name, mode.replace("U", ""))
     bpy.ops.import_anim.bvh(filepath=path, axis_forward="-Z", axis_up="Y", frame_start=0, use_fps_scale=False)
 else:
+    import numpy
+
+    numpy.bool = bool  # the glTF add-on of Debian's Blender 3.4 uses a name that its NumPy (python3-numpy) has dropped
     bpy.ops.import_scene.gltf(filepath=path)
 armature = next(o for o in bpy.context.scene.objects if o.type == "ARMATURE")
 start, stop = armature.animation_data.action.frame_range
