@@ -46,7 +46,7 @@ def test_geneval_is_the_public_reward() -> None:
         assert ours.value is not None and ours.value <= row["dense"] + 1e-9
 
 
-def test_geneval_confidence_and_missing() -> None:
+def test_geneval_confidence_and_missing(tmp_path: Path) -> None:
     things = [Found("dog", 0.5, (0, 0, 9, 9)), Found("dog", 0.95, (20, 0, 29, 9)), Found("cat", 0.2, (0, 0, 5, 5))]
     scorer = GenEval(lambda images: [things] * len(images), mode="strict")
     row = [{"class": "dog", "count": 1}]
@@ -62,7 +62,7 @@ def test_geneval_confidence_and_missing() -> None:
     assert all(score.reason for score in scores[2:])
     assert relations(things[0], things[1]) == {"left of"} and relations(things[0], things[0]) == set()
     with pytest.raises(WeftError, match="no detector can be read"):
-        GenEval("nowhere")
+        GenEval(str(tmp_path))
 
 
 def test_text_scores_are_the_public_ones() -> None:
