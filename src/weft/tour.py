@@ -156,6 +156,7 @@ def edit(model: Model, found: Findings, folder: Path, seed: int, say: Say) -> No
             save_image(record.load(record.source), folder / "pictures" / f"edit-{k}-source.png")
         found.edited.append((record, output, judge(record, output.image)))
         say(f'"{record.instruction}"')
+    overview(found.edited[:8], folder / "pictures" / "overview.png")
     for c, names in enumerate(CHAINS):
         chain: list[tuple[Record, Output, Verdict]] = []
         for k, record in enumerate(chain_records(names, seed + c)):
@@ -166,6 +167,22 @@ def edit(model: Model, found: Findings, folder: Path, seed: int, say: Say) -> No
             chain.append((record, output, judge(record, output.image)))
         found.chains.append(chain)
         say("then: ".join(f'"{record.instruction}" ' for record, _, _ in chain).strip())
+
+
+def overview(edited: Sequence[tuple[Record, Output, Verdict]], path: Path) -> None:
+    """One sheet of sources and outputs, two edits a row, as they came."""
+    from weft.report.sheet import contact_sheet
+
+    pairs = [edited[i : i + 2] for i in range(0, len(edited), 2)]
+    rows: list[list[Any]] = [
+        [image for r, o, _ in pair for image in (r.load(r.source) if r.source else None, o.image)] for pair in pairs
+    ]
+    contact_sheet(
+        rows,
+        columns=["source", "output"] * 2,
+        captions=["     |     ".join(f"\u201c{r.instruction}\u201d" for r, _, _ in pair) for pair in pairs],
+        path=path,
+    )
 
 
 def chain_records(kinds: Sequence[str], seed: int) -> list[Record]:
