@@ -167,7 +167,8 @@ def test_adopting_changes_neither_class_nor_parameters_nor_the_stock_call():
     x, text, pooled = rng.normal((2, 16, 8, 8), 0, "x"), rng.normal((2, 56, 64), 0, "t"), rng.normal((2, 48), 0, "p")
     time = torch.tensor([500.0, 900.0])
     with torch.no_grad():
-        assert torch.equal(ours(x, text, pooled, time).sample, stock(x, text, pooled, time).sample)
+        ours_, stock_ = ours(x, text, pooled, time).sample, stock(x, text, pooled, time).sample
+    assert torch.allclose(ours_, stock_, rtol=0, atol=1e-6)  # memory alignment may change the last bit
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ def test_the_tour_runs_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert numbers["train"]["steps"] == 2
     pictures = list((out / "pictures").glob("*.png"))
     made = [path for path in pictures if "source" not in path.name]
-    assert len(made) == 2 * 2 + 11 + 2
+    assert len(made) == 2 * 2 + 11 + 2 + 1  # and the overview
     assert all(read_metadata(path)["model"] == str(model) for path in made)
     assert not (out / tour.WORK / "old").exists()
 

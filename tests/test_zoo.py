@@ -41,7 +41,7 @@ def test_plain_diffusers_opens_it_and_draws_the_same(model) -> None:
     from weft.sample.rollout import initial_latents
 
     condition = model.flow.encode([weft.make_record(prompt, size=(64, 64))])
-    start, _ = initial_latents(model.flow, condition, [3], "latent")
+    start = torch.stack(initial_latents(model.flow, condition, [3]))
     with torch.no_grad():
         image = pipe(
             prompt, height=64, width=64, num_inference_steps=8, guidance_scale=1.0, latents=start,

@@ -28,7 +28,7 @@ from weft.evals.runner import (
 )
 from weft.evals.stats import Interval
 from weft.evals.world_groups import DEFAULT, SHORT, expand, group_of, world_items
-from weft.world.oracle import edit_mask, judge
+from weft.world.oracle import MUCH, edit_mask, judge
 from weft.world.render import RENDERER
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def psnr_outside(record: Record, image: Image.Image) -> float | None:
     if record.source is None:
         return None
     outside = ~edit_mask(record)
-    if outside.mean() <= 0.02:
+    if outside.mean() <= MUCH:
         return None
     source = np.asarray(_picture(record, record.source), np.float64)[outside]
     square = ((np.asarray(image.convert("RGB"), np.float64)[outside] - source) ** 2).mean() / 255**2

@@ -263,6 +263,11 @@ def save_folder(
 
 def _save_part(part: Any, path: Path, dtype: torch.dtype | None) -> None:
     part.save_pretrained(path)
+    config = path / "config.json"
+    if config.is_file():  # where the part was loaded from is this machine's own affair
+        facts = json.loads(config.read_text(encoding="utf-8"))
+        if facts.pop("_name_or_path", None) is not None:
+            config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if dtype is None or not isinstance(part, nn.Module):
         return
     import safetensors.torch
