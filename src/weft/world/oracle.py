@@ -105,6 +105,23 @@ def judge(record: Record, image: Image.Image) -> Verdict:
     return Verdict(all(requests.values()), requests, collateral, psnr, wrong)
 
 
+def compare(record: Record, scene: Scene) -> Verdict:
+    """What `judge` would say of an exact picture of `scene`, without drawing it: for data in large numbers."""
+    source, target, plan = scenes(record)
+    wrong: dict[str, str] = {}
+    for cell in range(4):
+        wanted, found = target.at(cell), scene.at(cell)
+        if (wanted and wanted.look) != (found and found.look):
+            wrong[CELLS[cell]] = "nothing" if found is None else " ".join(found.look)
+    for name in GLOBALS:
+        if getattr(scene, name) != getattr(target, name):
+            wrong[name] = getattr(scene, name)
+    if scene.background != target.background:
+        wrong["background"] = " ".join(map(str, scene.background))
+    requests = _requests(source, target, plan, set(wrong), None)
+    return Verdict(all(requests.values()), requests, seen=wrong)
+
+
 def _soft(picture: np.ndarray) -> np.ndarray:
     sigma = SOFT * min(picture.shape[:2]) / 64
     return gaussian_filter(picture, (sigma, sigma, 0), mode="nearest")
