@@ -534,6 +534,8 @@ def test_a_new_model_is_built_around_trained_parts(tmp_path):
     out = build_flux("recipes/tiny/omni.yaml", kontext, tmp_path / "omni")
     new, old = load(out, device="cpu"), load(kontext, device="cpu")
     assert new.resolution == 64 and not new.transformer.config.guidance_embeds
+    assert new.encode_text(["a red star"])[0]["text"].shape == (44, 64)
+    new.parts["tokenizer_2"].model_max_length = old.parts["tokenizer_3"].model_max_length
     states, theirs = new.encode_text(["a red star"])[0], old.encode_text(["a red star"])[0]
     assert torch.allclose(states["text"], theirs["text"][24:], atol=1e-6)  # T5's half of SD3's text
     pooled = old.parts["text_encoder"].text_projection(states["pooled"])
@@ -546,4 +548,6 @@ def test_a_new_model_is_built_around_trained_parts(tmp_path):
         build_flux({"transformer": {"joint_attention_dim": 7}}, kontext, tmp_path / "x")
     with pytest.raises(WeftError, match="unknown section 'transformr'"):
         build_flux({"transformer": {}, "transformr": {}}, kontext, tmp_path / "x")
+    with pytest.raises(WeftError, match="length: 44"):
+        build_flux({"transformer": {}, "tokenizer_2": {"size": 3}}, kontext, tmp_path / "x")
     assert main(["recipes/tiny/omni.yaml", str(tmp_path / "none"), str(tmp_path / "x")]) == 2

@@ -3,7 +3,8 @@
     python -m weft.models.build_flux recipes/tiny/omni.yaml tiny-kontext runs/tiny/omni_init
 
 The autoencoder, the first CLIP (its pooled vector) and T5 are taken over with their tokenizers; the transformer is
-random, starts as the zero velocity, and has the configuration of the file's `transformer` section.
+random, starts as the zero velocity, and has the configuration of the file's `transformer` section. `tokenizer_2.length`
+sets how many tokens T5 reads, where instructions about several pictures are longer than those of the parts' model.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from weft.models.load import KONTEXT, find_model, make_options
 from weft.models.weights import SD3, load_parts
 from weft.rng import seed_of
 
-SECTIONS = ("seed", "resolution", "options", "scheduler", "transformer")
+SECTIONS = ("seed", "resolution", "options", "scheduler", "tokenizer_2", "transformer")
 
 
 def build_flux(config: str | Path | dict[str, Any], parts: str | Path, out: str | Path) -> Path:
     """Write a FLUX Kontext folder at `out` and return its path.
 
     `config` has a `transformer` section (arguments of `FluxTransformer2DModel`; the channels and text widths follow
-    the other parts), and optionally `scheduler`, `resolution`, `options` and `seed`. `parts` is a folder or zoo name
-    of the SD3 layout with a T5. Raises WeftError for an unknown section, missing parts, or an `out` that exists.
+    the other parts), and optionally `scheduler`, `resolution`, `options`, `tokenizer_2` ({length: tokens}) and `seed`.
+    `parts` is a folder or zoo name of the SD3 layout with a T5. Raises WeftError for an unknown section, missing parts, or an `out` that exists.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
     from transformers import CLIPTextModel
@@ -43,6 +44,7 @@ def build_flux(config: str | Path | dict[str, Any], parts: str | Path, out: str 
     taken = load_parts(find_model(str(parts)), SD3, dtype=torch.float32)
     if "text_encoder_3" not in taken:
         raise WeftError(f"{parts}: has no text_encoder_3; FLUX reads its text through T5")
+    taken["tokenizer_3"].model_max_length = _length(settings, taken["tokenizer_3"].model_max_length)
     clip = CLIPTextModel(taken["text_encoder"].config)
     state = {k.removeprefix("text_model."): v for k, v in taken["text_encoder"].state_dict().items()}
     clip.load_state_dict({k: v for k, v in state.items() if not k.startswith("text_projection")})
@@ -91,6 +93,15 @@ def make_transformer(settings: dict[str, Any], vae: Any, clip: Any, t5: Any) -> 
             else:
                 nn.init.xavier_uniform_(module.weight)
     return model
+
+
+def _length(settings: dict[str, Any], own: int) -> int:
+    section = settings.get("tokenizer_2", {"length": own})
+    if not isinstance(section, dict) or list(section) != ["length"] or not isinstance(section["length"], int):
+        raise WeftError(f"tokenizer_2: {section!r} is not of the form {{length: 44}} (tokens)")
+    if section["length"] < 1:
+        raise WeftError(f"tokenizer_2.length is {section['length']}; it must be at least 1 token")
+    return section["length"]
 
 
 def _read(config: str | Path | dict[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,31 @@ def check_masking(backend: Any) -> None:
         )
 
 
+PLAIN_LENGTH = 512
+"""Up to so many tokens `attend` may hold a whole attention map in training."""
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, backend: Any, parallel: Any) -> Tensor:
+    """Attention of query, key and value [B, S, heads, head_dim] through diffusers' dispatch, so that
+    `set_attention_backend` reaches it. `mask` is a bool mask of the keys, broadcast to [B, heads, S, S].
+
+    In bf16 on a CPU the backward pass of torch's fused attention takes several times as long as the products written
+    out, so short sequences are trained without it, unless a backend is named.
+    """
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    if mask is not None:
+        check_masking(backend)
+    short = query.dtype is torch.bfloat16 and query.device.type == "cpu" and key.shape[1] <= PLAIN_LENGTH
+    if short and backend is None and parallel is None and torch.is_grad_enabled():
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return (scores.softmax(-1) @ value).transpose(1, 2)
+    return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend, parallel_config=parallel)
+
+
 class JointAttention:
     """SD3's joint text-image attention (and, without text, `attn2`) with a mask on the picture keys.
 
@@ -62,8 +87,6 @@ class JointAttention:
         image_mask: Tensor | None = None,  # [B, 1, 1, N] bool
         joint_mask: Tensor | None = None,  # [B, 1, 1, N + L] bool
     ) -> Tensor | tuple[Tensor, Tensor]:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
         def heads(x: Tensor, norm: nn.Module | None = None) -> Tensor:  # [B, n, D] -> [B, n, heads, head_dim]
             x = x.unflatten(-1, (attn.heads, -1))
             return x if norm is None else norm(x)
@@ -77,11 +100,7 @@ class JointAttention:
             key = torch.cat([key, heads(attn.add_k_proj(encoder_hidden_states), attn.norm_added_k)], dim=1)
             value = torch.cat([value, heads(attn.add_v_proj(encoder_hidden_states))], dim=1)
             mask = joint_mask
-        if mask is not None:
-            check_masking(self._attention_backend)
-        out = dispatch_attention_fn(
-            query, key, value, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
+        out = attend(query, key, value, mask, self._attention_backend, self._parallel_config)
         out = out.flatten(2).to(query.dtype)  # [B, N (+ L), D]
         if encoder_hidden_states is None:
             return attn.to_out[1](attn.to_out[0](out))

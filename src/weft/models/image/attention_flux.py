@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import WeftError
-from weft.models.image.attention import check_masking
+from weft.models.image.attention import attend
 
 
 class FluxJointAttention:
@@ -34,8 +34,6 @@ class FluxJointAttention:
         attention_mask: Tensor | None = None,  # [B, 1, 1, L + N] bool
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,  # each [L + N, head_dim] or [B (L + N), head_dim]
     ) -> Tensor | tuple[Tensor, Tensor]:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
         query, key, value = (
             to(hidden_states).unflatten(-1, (-1, attn.head_dim)) for to in (attn.to_q, attn.to_k, attn.to_v)
         )
@@ -51,16 +49,7 @@ class FluxJointAttention:
         if image_rotary_emb is not None:
             cos, sin = (fold(table, *query.shape[:2]) for table in image_rotary_emb)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        if attention_mask is not None:
-            check_masking(self._attention_backend)
-        out = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+        out = attend(query, key, value, attention_mask, self._attention_backend, self._parallel_config)
         out = out.flatten(2, 3).to(query.dtype)  # [B, L + N, D]
         if encoder_hidden_states is None:
             return out

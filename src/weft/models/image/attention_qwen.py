@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError
-from weft.models.image.attention import check_masking
+from weft.models.image.attention import attend
 
 Shape = tuple[int, int, int]  # frames, rows, columns of tokens
 PIECE = 4096
@@ -65,8 +65,6 @@ class QwenJointAttention:
         tables: tuple[Tensor, Tensor] | None = None,  # in its place: [B, N, D/2] and [B, L, D/2]
         image_mask: Tensor | None = None,  # [B, N] bool
     ) -> tuple[Tensor, Tensor]:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
         rotary = image_rotary_emb if tables is None else tables
         width = attn.inner_dim // attn.heads
         image = [to(hidden_states).unflatten(-1, (-1, width)) for to in (attn.to_q, attn.to_k, attn.to_v)]
@@ -80,16 +78,13 @@ class QwenJointAttention:
         query, key, value = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
         mask = None
         if encoder_hidden_states_mask is not None or image_mask is not None:
-            check_masking(self._attention_backend)
             size = len(hidden_states)
             texts = encoder_hidden_states_mask
             texts = hidden_states.new_ones(size, text[0].shape[1], dtype=torch.bool) if texts is None else texts
             images = image_mask
             images = hidden_states.new_ones(size, image[0].shape[1], dtype=torch.bool) if images is None else images
             mask = torch.cat([texts, images], dim=1)[:, None, None]
-        out = dispatch_attention_fn(
-            query, key, value, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
+        out = attend(query, key, value, mask, self._attention_backend, self._parallel_config)
         out = out.flatten(2, 3).to(query.dtype)  # [B, L + N, D]
         length = encoder_hidden_states.shape[1]
         picture = attn.to_out[0](out[:, length:].contiguous())
