@@ -18,6 +18,7 @@ import weft
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "weft"
 FILES = sorted(PACKAGE.rglob("*.py"))
+CONVERTER = PACKAGE / "models" / "foreign.py"
 
 # Lower floors first. Rooms of one floor may not import each other, except on the ground floor and under the roof.
 FLOORS = [
@@ -30,7 +31,7 @@ FLOORS = [
     {"train"},
     {"synth", "evals"},
     {"zoo"},
-    {"cli", "tour", "tour_page", "app", "api", "__init__", "__main__"},
+    {"cli", "tour", "tour_page", "app", "api", "api_motion", "__init__", "__main__"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OPEN_FLOORS = {0, len(FLOORS) - 1}
@@ -83,6 +84,8 @@ def unsafe(tree: ast.AST, path: Path) -> list[str]:
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)
+        if name == "torch.load" and path == CONVERTER and "weights_only=True" in ast.unparse(node):
+            continue  # the one reader of foreign checkpoints
         if name in ("eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "os.system"):
             found.append(f"{path.name}:{node.lineno}: calls {name}")
         if any(word.arg == "shell" and ast.unparse(word.value) == "True" for word in node.keywords):

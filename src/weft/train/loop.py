@@ -133,7 +133,7 @@ class Trainer:
         if self.ema is not None:
             tensors["ema"] = self.ema.shadow
         if buffers := self.buffers.changed():
-            if self.processes.size > 1:
+            if self.processes.size > 1 and not getattr(self.model, "synchronised", False):
                 raise WeftError(f"{next(iter(buffers))} changes while training: such a module trains on one process")
             tensors["buffers"] = buffers
         tensors |= {name: group for name, group in own.items() if group}
