@@ -29,23 +29,14 @@ from weft.world.words import (
     STYLE_WORDS,
     STYLED,
     TONED,
-    Table,
+    Voice,
 )
 
 Rng = np.random.Generator
 
 
-class Speaker:
+class Speaker(Voice):
     """Says scenes and plans in words. `unseen` takes the sentence frames that training never shows."""
-
-    def __init__(self, rng: Rng, unseen: bool = False) -> None:
-        self.rng, self.unseen = rng, unseen
-
-    def frame(self, table: Table) -> str:
-        return pick(self.rng, table[1 if self.unseen else 0])
-
-    def word(self, forms: tuple[str, ...]) -> str:
-        return pick(self.rng, forms, (0.7, 0.3) if len(forms) == 2 else None)
 
     # --- things ---------------------------------------------------------------------------------------------
 

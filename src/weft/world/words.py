@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from weft.world.scene import pick
+
 PATTERN_WORDS = {
     "solid": ("solid", "plain"),
     "striped": ("striped", "stripy"),
@@ -28,6 +32,21 @@ STYLE_WORDS = {
 
 # Each table: (phrasings of training, phrasings held out).
 Table = tuple[tuple[str, ...], tuple[str, ...]]
+
+
+class Voice:
+    """Draws from tables. `unseen` takes the sentence frames that training never shows."""
+
+    def __init__(self, rng: np.random.Generator, unseen: bool = False) -> None:
+        self.rng, self.unseen = rng, unseen
+
+    def frame(self, table: Table) -> str:
+        return pick(self.rng, table[1 if self.unseen else 0])
+
+    def word(self, forms: tuple[str, ...]) -> str:
+        return pick(self.rng, forms, (0.7, 0.3) if len(forms) == 2 else None)
+
+
 EDITS: dict[str, Table] = {
     "add": (
         (

@@ -1,0 +1,71 @@
+"""What the image world and the motion world share: endless sequences of records, and splits that never overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, overload
+
+from weft.errors import WeftError
+from weft.record import Record
+
+SPLITS = ("train", "val", "test")
+
+
+class Digested(Protocol):
+    """A scene or a script."""
+
+    @property
+    def digest(self) -> str: ...
+
+
+def split_of(scene: Digested) -> str:
+    """The split that a scene or a script belongs to: 90 % train, 5 % val, 5 % test, by its digest."""
+    bucket = int(scene.digest[:8], 16) % 100
+    return "train" if bucket < 90 else "val" if bucket < 95 else "test"
+
+
+@dataclass(frozen=True)
+class Endless(Sequence[Record]):
+    """`length` records from `start` on; record i is a function of (seed, split, i) and made when it is asked for."""
+
+    split: str = "train"
+    length: int = 1000
+    seed: int = 0
+    start: int = 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    @overload
+    def __getitem__(self, i: int) -> Record: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Record]: ...
+    def __getitem__(self, i: int | slice) -> Record | list[Record]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(self.length))]
+        if not -self.length <= i < self.length:
+            raise IndexError(i)
+        return self._make(self.start + (i if i >= 0 else i + self.length))
+
+    def _make(self, index: int) -> Record:
+        raise NotImplementedError
+
+
+def named_weights(
+    given: dict[str, float] | Sequence[str], known: Sequence[str], what: str
+) -> tuple[tuple[str, float], ...]:
+    """Weights by name, equal ones for a list of names. Raises `WeftError` for an unknown name."""
+    items = dict(given) if isinstance(given, dict) else dict.fromkeys(given, 1.0)
+    for name in items:
+        if name not in known:
+            raise WeftError(f"world: unknown {what} {name!r}; known: {', '.join(known)}")
+    return tuple(items.items())
+
+
+def check_choice(split: str, phrasing: str, combo: str) -> None:
+    """Raises `WeftError` for an unknown split, phrasing or combo."""
+    if split not in SPLITS:
+        raise WeftError(f"world: unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if phrasing not in ("seen", "unseen", "mixed") or combo not in ("seen", "held_out", "any"):
+        raise WeftError("world: phrasing is seen, unseen or mixed; combo is seen, held_out or any")
