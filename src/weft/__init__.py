@@ -19,12 +19,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from weft.api import Model, load
+    from weft.api_motion import MotionModel, load_motion
     from weft.errors import WeftError
     from weft.record import Part, Record, Turn, make_record, read_records, weave, write_records
 
 _HOME = {
     "Model": "weft.api",
     "load": "weft.api",
+    "MotionModel": "weft.api_motion",
+    "load_motion": "weft.api_motion",
     "Part": "weft.record",
     "Record": "weft.record",
     "Turn": "weft.record",
@@ -38,12 +41,14 @@ _HOME = {
 # `weft.train` is the room (`weft.train.run`, `weft.train.plan`), and can be called: weft.train("recipe.yaml").
 __all__ = [
     "Model",
+    "MotionModel",
     "Part",
     "Record",
     "Turn",
     "WeftError",
     "__version__",
     "load",
+    "load_motion",
     "make_record",
     "read_records",
     "weave",

@@ -25,7 +25,7 @@ class Part:
     """Text, a picture or a movement.
 
     A medium is a `path` (relative to its record's folder; absolute only in memory) or a `value` in memory:
-    a PIL picture, or any object with `.load()` and `.digest` (a lazy picture).
+    a PIL picture, or any object with `.load()` and `.digest` (a lazy picture, a `weft.motion.Motion`).
     """
 
     type: str
@@ -35,9 +35,13 @@ class Part:
     value: Any = None
 
     def load(self, root: Path | None = None) -> Image.Image:
-        """The picture as upright 8-bit RGB. Raises `WeftError` as `weft.media.load_image` does."""
+        """The picture as upright 8-bit RGB. Raises `WeftError` as `weft.media.load_image` does.
+
+        Movements are loaded by `weft.motion.load_part`.
+        """
         if self.type != "image":
-            raise WeftError(f"a {self.type} part is not a picture: only image parts can be loaded as one")
+            hint = "weft.motion.load_part reads it" if self.type == "motion" else "only image parts load as one"
+            raise WeftError(f"a {self.type} part is not a picture: {hint}")
         from weft.media import load_image, to_rgb  # Pillow only where a picture is really needed
 
         if self.value is not None:

@@ -167,7 +167,8 @@ def make_record(
 ) -> Record:
     """A one-exchange record: generation, or editing if there is a `source`.
 
-    `instruction` is a text or what `weave` returns; media are paths, PIL pictures, lazy pictures or parts.
+    `instruction` is a text or what `weave` returns; media are paths, PIL pictures, lazy pictures, movements or
+    parts.
     `references` are attached in order (the text is not changed). `size` is (height, width) in pixels and stands in
     `meta["size"]`. Without `id`, it is a digest of the request. Raises `WeftError` if the instruction is empty or
     a file is missing.
@@ -196,7 +197,7 @@ def _medium(medium: Any, role: str | None, root: Path | None) -> Part:
         path = Path(medium) if root is not None else Path(medium).absolute()
         part = Part(kind_of(path), path=path.as_posix(), role=role)
     else:
-        part = image_part(medium, role)
+        part = Part(getattr(medium, "kind", "image"), role=role, value=medium)
     if part.path is not None and not part.file(root).is_file():
         raise WeftError(f"{role or 'target'}: no such file {part.path}: check the path")
     return part
@@ -365,7 +366,8 @@ def write_records(path: str | Path, records: Iterable[Record], media: Literal["c
     """Write a JSONL file atomically; returns the number of records.
 
     Media go into the folder `media` beside it, named by content. With `media="keep"`, files that already lie under
-    the JSONL's folder stay where they are (others raise `WeftError`); pictures in memory are written as PNG.
+    the JSONL's folder stay where they are (others raise `WeftError`). Pictures in memory are written as PNG, movements
+    as NPZ.
     """
     from weft.media import atomic_write
 
@@ -408,9 +410,12 @@ def _place(part: Part, root: Path | None, folder: Path, media: str) -> str:
             with atomic_write(folder / name) as target:
                 target.write(data)
         return name
+    if part.type == "motion" and part.value is not None:
+        name = f"media/{part.digest()[:24]}.npz"
+        if not (folder / name).exists():
+            part.value.save(folder / name)
+        return name
     if part.value is not None:
-        if part.type != "image":
-            raise WeftError(f"a {part.type} in memory cannot be written with a record: save it to a file first")
         name = f"media/{part.digest()[:24]}.png"
         if not (folder / name).exists():
             save_image(part.load(), folder / name)
@@ -421,6 +426,8 @@ def _place(part: Part, root: Path | None, folder: Path, media: str) -> str:
             return file.absolute().relative_to(folder.absolute()).as_posix()
         except ValueError as error:
             raise WeftError(f'{file} does not lie under {folder}: write with media="copy"') from error
+    if file.suffix.lower() == ".amc":
+        raise WeftError(f"{file}: an .amc cannot be read without its .asf: convert it to .bvh (weft data convert)")
     name = f"media/{part.digest(root)[:24]}{file.suffix.lower()}"
     if not (folder / name).exists():
         with file.open("rb") as source, atomic_write(folder / name) as target:

@@ -1,4 +1,4 @@
-"""`weft describe`: what a vision-language model says about pictures."""
+"""`weft describe`: what a vision-language model says about pictures, or a motion model about a movement."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from weft.cli.options import QUIET, Text, check_file
+from weft.cli.options import QUIET, ModelOptions, Text, check_file, refuse
 from weft.errors import WeftError
 
 QUESTION = "Describe the picture."
@@ -17,17 +17,21 @@ QUESTION = "Describe the picture."
 
 @dataclass(kw_only=True)
 class Describe:
-    """Ask a vision-language model about a picture, or about several (--also). A MetaQuery model answers with the VLM
-    that it reads with, whose weights it does not change."""
+    """Ask about a picture, or about several (--also), with a vision-language model (--vlm); or about a movement, with a
+    motion model (--model). A MetaQuery model answers with the VLM that it reads with, whose weights it does not
+    change."""
 
-    picture: Positional[Path]
-    """The picture."""
-    question: Annotated[Positional[str], QUIET] = QUESTION
-    """What is asked; default: "Describe the picture."."""
+    file: Positional[Path]
+    """The picture, or the movement (.bvh, .glb, .npz, .npy, .amc)."""
+    question: Annotated[Positional[str | None], QUIET] = None
+    """What is asked; default: "Describe the picture." or "Describe the movement."."""
     also: Annotated[list[Path], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE")] = field(default_factory=list)
     """A further picture; can be repeated."""
-    vlm: Annotated[str, tyro.conf.arg(metavar="FOLDER|URL")]
-    """A Qwen2.5-VL-class folder or hub id, a MetaQuery model, or the address of an OpenAI-compatible server."""
+    model: Text = None
+    """The motion model that describes movements; default: tiny-motion."""
+    vlm: Annotated[str | None, tyro.conf.arg(metavar="FOLDER|URL", help_behavior_hint="")] = None
+    """For pictures: a Qwen2.5-VL-class folder or hub id, a MetaQuery model, or the address of an OpenAI-compatible
+    server."""
     vlm_model: Text = None
     """Its name on that server."""
     key_env: Text = None
@@ -40,19 +44,35 @@ class Describe:
     """The longest answer."""
 
     def run(self) -> int:
+        from weft.parts import kind_of
+
+        if self.question is not None and not self.question.strip():
+            raise WeftError("the question is empty; leave it out for a description")
+        for path in (self.file, *self.also):
+            check_file(path, "file")
+        print(self._movement() if kind_of(self.file) == "motion" else self._pictures())
+        return 0
+
+    def _movement(self) -> str:
+        from weft.api_motion import QUESTION
+
+        refuse(self, ("file", "question", "model", "device", "dtype"), "for movements")
+        loading = ModelOptions(model=self.model, device=self.device, dtype=self.dtype)
+        return loading.load_motion().describe(self.file, self.question or QUESTION)
+
+    def _pictures(self) -> str:
         from weft.models.rewriter import open_vlm
         from weft.record import Turn, image_part, text_part
         from weft.vlm.ask import Ask
 
-        pictures = [self.picture, *self.also]
-        for path in pictures:
-            check_file(path, "picture")
-        if not self.question.strip():
-            raise WeftError("the question is empty; leave it out for a description")
-        parts = [image_part(path.absolute()) for path in pictures]
+        if self.vlm is None:
+            raise WeftError("pictures need --vlm: a folder, a hub id, or the address of an OpenAI-compatible server")
+        if self.model is not None:
+            raise WeftError("--model does nothing for pictures; leave it out")
+        parts = [image_part(path.absolute()) for path in (self.file, *self.also)]
         vlm = open_vlm(self.vlm, model=self.vlm_model, key_env=self.key_env, device=self.device, dtype=self.dtype)
-        (reply,) = vlm.ask([[Turn("user", [*parts, text_part(self.question)])]], Ask(max_tokens=self.max_tokens))
+        question = text_part(self.question or QUESTION)
+        (reply,) = vlm.ask([[Turn("user", [*parts, question])]], Ask(max_tokens=self.max_tokens))
         if reply.error is not None:
             raise WeftError(f"{self.vlm} did not answer: {reply.error}")
-        print(reply.text.strip())
-        return 0
+        return reply.text.strip()

@@ -23,7 +23,8 @@ class EvalWorld:
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FOLDER", help_behavior_hint="")] = None
     """The folder of the results; default: out/eval-world-MODEL."""
     groups: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[GROUP ...]", help_behavior_hint="")] = ()
-    """generate, edit, edit/KIND, unseen, held-out pair, held-out kind, references; default: all but references."""
+    """generate, edit, edit/KIND, unseen, held-out pair, held-out kind, references (1 to 4 of them), concepts; default:
+    all without references."""
     count: int = 64
     """Records in each group; the intervals shrink with its root (published numbers use 512)."""
     split: Literal["test", "val", "train"] = "test"
@@ -49,7 +50,7 @@ class EvalWorld:
             raise WeftError("the world's records have their own size; leave out --size")
         groups = expand(self.groups or DEFAULT)
         options = self.sampling.options()
-        name = Path(self.loading.model).name
+        name = Path(self.loading.name).name
         out = self.out or Path("out") / f"eval-world-{name}"
         check_folder(out)
         model = self.loading.load()

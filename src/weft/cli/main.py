@@ -21,15 +21,15 @@ from weft.errors import WeftError
 # name -> (module, dataclass with `run() -> int`, one line). The modules are imported only when their command runs.
 COMMANDS = {
     "tour": ("weft.cli.checks", "Tour", "the whole system on the tiny models that ship with weft; one HTML report"),
-    "generate": ("weft.cli.make", "Generate", "make pictures from a sentence; {file.png} in it is a reference picture"),
-    "edit": ("weft.cli.make", "Edit", "change a picture as a sentence says"),
-    "describe": ("weft.cli.describe", "Describe", "ask a vision-language model about pictures"),
+    "generate": ("weft.cli.make", "Generate", "make a picture or movement from a sentence; {file} is a reference"),
+    "edit": ("weft.cli.make", "Edit", "change a picture or movement as a sentence says"),
+    "describe": ("weft.cli.describe", "Describe", "ask a model about pictures or a movement"),
     "train": ("weft.cli.training", "Train", "run a recipe (YAML); continues where it was stopped"),
     "plan": ("weft.cli.training", "Plan", "what a recipe would cost: steps, forwards, tokens, time, memory"),
     "eval world": ("weft.cli.evaluate", "EvalWorld", "success on the embedded world, measured by its oracle"),
-    "data check": ("weft.cli.data", "Check", "read every record and picture, and name what is wrong"),
+    "data check": ("weft.cli.data", "Check", "read every record, picture and movement, and name what is wrong"),
     "data show": ("weft.cli.data", "Show", "an HTML page of records: inputs, instruction, target"),
-    "data convert": ("weft.cli.data", "Convert", "any source (folder, parquet, ...) to weft's JSONL and pictures"),
+    "data convert": ("weft.cli.data", "Convert", "any source (folder, parquet) to records; motion files to others"),
     "reward serve": ("weft.cli.reward", "Serve", "scorers behind HTTP, for trainers on this or other machines"),
     "export": ("weft.cli.export", "Export", "merged weights or a LoRA for other tools; opened again and compared"),
     "doctor": ("weft.cli.checks", "Doctor", "versions, device, speed, extras, models, disk: what works here"),
@@ -48,6 +48,7 @@ def usage(group: str = "") -> str:
         lines += ["", "examples:"]
         lines += ['  weft generate "a red star at the top left on a white background" -o scene.png']
         lines += ['  weft edit scene.png "make the star green" -o out.png']
+        lines += ["  weft data convert walk.bvh -o walk.glb"]
     lines += ["", "weft COMMAND --help explains a command's options."]
     return "\n".join(lines)
 

@@ -1,14 +1,14 @@
-"""`weft generate` and `weft edit`: one sentence, or a file of records."""
+"""`weft generate` and `weft edit`: one sentence, or a file of records; the suffix of -o says what is made."""
 
 from __future__ import annotations
 
 import re
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
@@ -17,37 +17,48 @@ from weft.cli.options import (
     QUIET,
     File,
     ModelOptions,
+    MovementOptions,
     SamplingOptions,
     check_file,
     check_folder,
-    check_picture_path,
+    is_movement,
     parse_size,
+    refuse,
 )
 from weft.errors import WeftError
 
 if TYPE_CHECKING:
+    from weft.api import Output
+    from weft.api_motion import MotionOutput
     from weft.record import Record
 
 
 @dataclass(kw_only=True)
 class _Make:
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """The picture to write (.png, .jpg, .webp); with several pictures -0, -1 ... is added; with --records a folder."""
+    """The picture (.png, .jpg, .webp) or movement (.bvh, .glb, .npz, .npy, .gif, .mp4) to write; with several -0,
+    -1 ... is added; with --records a folder."""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
-    """How many pictures, each with its own seed."""
+    """How many, each with its own seed."""
     records: File = None
     """A JSONL file of records to run in batches, instead of one instruction."""
+    format: Literal["png", "jpg", "webp", "bvh", "glb", "npz", "npy", "gif", "mp4"] = "png"
+    """What --records writes."""
     no_metadata: bool = False
     """Do not write seed, model and instruction into the files."""
     sampling: OmitArgPrefixes[SamplingOptions]
     loading: OmitArgPrefixes[ModelOptions]
+    movement: OmitArgPrefixes[MovementOptions] = field(default_factory=MovementOptions)
 
     def _check_records(self, instruction: str | None) -> None:
         """Either an instruction or --records, and a place for the outputs."""
         if self.records is None:
             if instruction is None:
                 raise WeftError("no instruction; write what you want in quotes, or give --records FILE")
-            check_picture_path(self.out)
+            is_movement(self.out)
+            if self.format != "png":
+                raise WeftError("--format is for --records; name the file with -o as you want it")
+            check_folder(self.out.parent)
             return
         if instruction is not None:
             raise WeftError("an instruction and --records exclude each other; leave one of them out")
@@ -56,16 +67,36 @@ class _Make:
             raise WeftError(f"--records writes many files: -o must be a folder, not {self.out}")
         check_folder(self.out)
 
+    def _outputs(
+        self, records: Sequence[Record], moves: bool, seeds: Sequence[int] | None, progress: bool
+    ) -> Iterator[Output | MotionOutput]:
+        """What the model makes of the records; options that do nothing here are refused before it is loaded."""
+        kind, other = ("motion", "image") if moves else ("image", "motion")
+        for record in records:
+            if any(part.type == other for turn in record.turns for part in turn.parts):
+                made, found = ("movement", "picture") if moves else ("picture", "movement")
+                raise WeftError(f"a {made} is asked for, but the request holds a {found}; say with -o which it is")
+        seed = self.sampling.seed
+        if kind == "motion":
+            options = self.movement.options(self.sampling)
+            return self.loading.load_motion().run(records, seed=seed, n=self.n, seeds=seeds, options=options)
+        refuse(self.movement, (), "for pictures")
+        sampling = self.sampling.options(progress)
+        return self.loading.load().run(records, seed=seed, n=self.n, seeds=seeds, options=sampling)
+
     def _run(self, record: Record) -> int:
-        """One record, n pictures."""
-        options = self.sampling.options(progress=sys.stderr.isatty())
-        model = self.loading.load()
-        start = time.perf_counter()
+        """One record, n outputs."""
+        moves = is_movement(self.out)
         seeds = [self.sampling.seed + k for k in range(self.n)]
-        for k, output in enumerate(model.run([record], n=self.n, seeds=seeds, options=options)):
+        outputs = self._outputs([record], moves, seeds, sys.stderr.isatty())
+        start = time.perf_counter()
+        for k, output in enumerate(outputs):
             path = self.out if self.n == 1 else self.out.with_stem(f"{self.out.stem}-{k}")
             print(output.save(path, metadata=not self.no_metadata))
-        print(f"{self.n} picture(s) in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+            if text := getattr(output, "text", ""):  # what a motion model says before it moves
+                print(text, file=sys.stderr)
+        what = "movement" if moves else "picture"
+        print(f"{self.n} {what}(s) in {time.perf_counter() - start:.1f} s", file=sys.stderr)
         return 0
 
     def _run_records(self, records: Sequence[Record]) -> int:
@@ -75,26 +106,29 @@ class _Make:
         names = [re.sub(r"[^\w.-]", "_", record.id) for record in records]
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise WeftError(f"{self.records}: two records would write {twice}.png; give them different ids")
-        options, size = self.sampling.options(), parse_size(self.sampling.size)
+            raise WeftError(f"{self.records}: two records would write {twice}.{self.format}; give them different ids")
+        size = parse_size(self.sampling.size)
         for record in records:
             record.meta |= {"size": list(size)} if size else {}
-        model = self.loading.load()
+        moves = is_movement(Path(f"x.{self.format}"))
+        outputs = self._outputs(records, moves, None, False)
         start = time.perf_counter()
-        for i, output in enumerate(model.run(records, seed=self.sampling.seed, n=self.n, options=options)):
+        for i, output in enumerate(outputs):
             name = names[i // self.n] + ("" if self.n == 1 else f"-{i % self.n}")
-            print(output.save(self.out / f"{name}.png", metadata=not self.no_metadata))
-        print(f"{len(records) * self.n} pictures in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+            print(output.save(self.out / f"{name}.{self.format}", metadata=not self.no_metadata))
+        what = "movements" if moves else "pictures"
+        print(f"{len(records) * self.n} {what} in {time.perf_counter() - start:.1f} s", file=sys.stderr)
         return 0
 
 
 @dataclass(kw_only=True)
 class Generate(_Make):
-    """Make pictures from a sentence. Braces weave a file into it: "the object of {a.png} with the pattern of {b.png}"
-    ({{ writes a brace). Seed, model and instruction are stored in the picture."""
+    """Make a picture or a movement from a sentence. Braces weave a file into it: "the object of {a.png} with the
+    pattern of {b.png}", "walk as in {zombie.bvh}" ({{ writes a brace). Seed, model and instruction are stored in the
+    file."""
 
     instruction: Annotated[Positional[str | None], QUIET] = None
-    """What the picture shows."""
+    """What the picture shows, or how one moves."""
 
     def run(self) -> int:
         from weft.record import make_record, read_records, weave
@@ -108,11 +142,11 @@ class Generate(_Make):
 
 @dataclass(kw_only=True)
 class Edit(_Make):
-    """Change a picture as a sentence says. Braces weave references into it: "give the star the material of
-    {cloth.png}"; the source is picture 1, references are picture 2, 3 ..."""
+    """Change a picture or a movement as a sentence says. Braces weave references into it: "give the star the material
+    of {cloth.png}", "take the style of {zombie.bvh}"; the source is number 1, references are 2, 3 ..."""
 
     source: Annotated[Positional[Path | None], QUIET] = None
-    """The picture to change."""
+    """The picture or movement to change."""
     instruction: Annotated[Positional[str | None], QUIET] = None
     """What to change."""
     mask: File = None
@@ -125,9 +159,9 @@ class Edit(_Make):
             self._check_records(None if self.source is None else str(self.source))
             return self._run_records([record for record in read_records(self.records) if record.source is not None])
         if self.source is None:
-            raise WeftError("no source picture; weft edit SOURCE INSTRUCTION -o OUT, or --records FILE")
+            raise WeftError("no source; weft edit SOURCE INSTRUCTION -o OUT, or --records FILE")
         self._check_records(self.instruction)
-        check_file(self.source, "source picture")
+        check_file(self.source, "source")
         if self.mask is not None:
             check_file(self.mask, "mask")
         assert self.instruction is not None

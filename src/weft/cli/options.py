@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from dataclasses import dataclass, field
@@ -15,21 +16,24 @@ from weft.errors import WeftError
 if TYPE_CHECKING:
     from weft.api import Model
     from weft.api import Options as SampleOptions
+    from weft.api_motion import MotionModel, MotionOptions
 
 QUIET = tyro.conf.arg(help_behavior_hint="")  # the text says what the default is
 Text = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-MOVEMENTS = (".bvh", ".amc", ".npz", ".glb")
+MOVEMENTS = (".bvh", ".glb", ".npz", ".npy", ".gif", ".mp4")
+"""What movements are written as; the suffix of -o chooses between a picture and a movement."""
 
 
 @dataclass(kw_only=True)
 class ModelOptions:
     """Which model, and how it is loaded."""
 
-    model: str = "tiny-kontext"
-    """A model of the zoo, a folder in diffusers layout, or a hub id."""
+    model: Text = None
+    """A model of the zoo, a folder in diffusers layout, or a hub id; default: tiny-kontext, for movements
+    tiny-motion."""
     lora: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH[:SCALE]")] = field(
         default_factory=list
     )
@@ -68,6 +72,18 @@ class ModelOptions:
     strict_slice: bool = False
     """Cut the rewriter's tags off by length, as DreamOmni2's release does."""
 
+    @property
+    def name(self) -> str:
+        """The picture model that is meant."""
+        return self.model or "tiny-kontext"
+
+    def load_motion(self) -> MotionModel:
+        """The loaded motion model. Raises `WeftError` for options that only picture models have."""
+        import weft
+
+        refuse(self, ("model", "lora", "device", "dtype"), "for movements")
+        return weft.load_motion(self.model or "tiny-motion", device=self.device, dtype=self.dtype, lora=self.lora)
+
     def load(self) -> Model:
         """The loaded model; its licence, where one is known, goes to stderr."""
         import sys
@@ -83,7 +99,7 @@ class ModelOptions:
                 device=self.device, dtype=self.dtype,
             )  # fmt: skip
         model = weft.load(
-            self.model,
+            self.name,
             device=self.device,
             dtype=self.dtype,
             lora=self.lora,
@@ -100,7 +116,7 @@ class ModelOptions:
         )
         licence = getattr(model.flow, "licence", None)
         if licence:
-            print(f"licence of {self.model}: {licence}", file=sys.stderr)
+            print(f"licence of {self.name}: {licence}", file=sys.stderr)
         return model
 
 
@@ -138,6 +154,47 @@ class SamplingOptions:
         return Options(self.steps, self.guidance, self.negative, self.batch, progress)
 
 
+@dataclass(kw_only=True)
+class MovementOptions:
+    """How movements are sampled; --seed, --guidance and --batch count, too."""
+
+    seconds: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
+    """How long the movement is; default: as long as the model finds right."""
+    temperature: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
+    """How freely tokens are drawn; 0 takes the likeliest; default: the model's."""
+    top_k: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
+    """Draw from the so many likeliest tokens only; default: the model's."""
+    top_p: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
+    """Draw from the likeliest tokens that hold this share of the probability; default: the model's."""
+
+    def options(self, sampling: SamplingOptions) -> MotionOptions:
+        """The API's options. Raises `WeftError` for numbers out of range, and for options of pictures."""
+        from weft.api_motion import MotionOptions
+
+        refuse(sampling, ("seed", "guidance", "batch"), "for movements")
+        return MotionOptions(self.seconds, self.temperature, self.top_k, self.top_p, sampling.guidance, sampling.batch)
+
+
+def refuse(options: Any, allowed: tuple[str, ...], where: str) -> None:
+    """Raise `WeftError` for an option that was given and would do nothing."""
+    for field_ in dataclasses.fields(options):
+        default = field_.default_factory() if callable(field_.default_factory) else field_.default
+        if field_.name not in allowed and getattr(options, field_.name) != default:
+            raise WeftError(f"--{field_.name.replace('_', '-')} does nothing {where}; leave it out")
+
+
+def is_movement(path: Path) -> bool:
+    """Whether an output of this name is a movement. Raises `WeftError` if it is neither that nor a picture."""
+    if path.is_dir():
+        raise WeftError(f"{path} is a folder; name a file in it")
+    if path.suffix.lower() not in PICTURES + MOVEMENTS:
+        raise WeftError(
+            f"{path}: unknown suffix {path.suffix!r}; write a picture ({', '.join(PICTURES)}) or a movement "
+            f"({', '.join(MOVEMENTS)})"
+        )
+    return path.suffix.lower() in MOVEMENTS
+
+
 def parse_size(text: str | None) -> tuple[int, int] | None:
     """'96x64' (width x height) or '64' as (height, width)."""
     if text is None:
@@ -147,19 +204,6 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
         raise WeftError(f"--size {text!r} is not a size; write WIDTHxHEIGHT in pixels, such as 96x64")
     width = int(match[1])
     return int(match[2] or width), width
-
-
-def check_picture_path(path: Path) -> None:
-    """Refuse an output file that could not be written, before any work is done."""
-    if path.is_dir():
-        raise WeftError(f"{path} is a folder; name a file in it")
-    if path.suffix.lower() in MOVEMENTS:
-        raise WeftError(
-            f"{path}: no model of this installation makes movements; write a picture ({', '.join(PICTURES)})"
-        )
-    if path.suffix.lower() not in PICTURES:
-        raise WeftError(f"{path}: unknown suffix {path.suffix!r}; write a picture: {', '.join(PICTURES)}")
-    check_folder(path.parent)
 
 
 def check_folder(folder: Path) -> None:

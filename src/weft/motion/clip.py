@@ -6,7 +6,8 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,6 +29,7 @@ class Motion:
     fps: float = 20.0
     layout: Layout = HUMANML3D
     meta: dict[str, Any] = field(default_factory=dict)
+    kind: ClassVar[str] = "motion"  # of the record's part that it makes
 
     def __post_init__(self) -> None:
         self.joints = np.asarray(self.joints, dtype=np.float32)
@@ -59,6 +61,12 @@ class Motion:
     def load(self) -> Motion:
         """Itself: in-memory media of records have this method."""
         return self
+
+    def save(self, path: str | Path) -> None:
+        """Writes a file by its suffix; `weft.motion.write_motion` has the options."""
+        from weft.motion.files import write_motion
+
+        write_motion(self, path)
 
     def features(self, **options: Any) -> np.ndarray:
         """[T-1, 263 or 251] at the layout's frame rate; options as `weft.motion.features.extract`."""

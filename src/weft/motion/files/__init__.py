@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +58,11 @@ def read_motion(
         raise WeftError(f"{path}: {error}") from error
 
 
-def write_motion(motion: Motion, path: str | Path, **options: Any) -> None:
-    """Writes .bvh, .glb, .npz, .npy, .gif or .mp4 by the suffix; options are those of the format's own writer."""
+def write_motion(motion: Motion, path: str | Path, *, metadata: dict[str, Any] | None = None, **options: Any) -> None:
+    """Writes .bvh, .glb, .npz, .npy, .gif or .mp4 by the suffix; options are those of the format's own writer.
+
+    `metadata` (JSON) goes into the file; BVH and npy have no place for it, so it goes beside them as NAME.json.
+    """
     suffix = Path(path).suffix.lower()
     if suffix not in WRITES:
         raise WeftError(f"{path}: cannot write the suffix '{Path(path).suffix}', use one of {', '.join(WRITES)}")
@@ -69,15 +73,23 @@ def write_motion(motion: Motion, path: str | Path, **options: Any) -> None:
     elif suffix == ".glb":
         from weft.motion.files.glb import write_glb
 
-        write_glb(motion, path, **options)
+        write_glb(motion, path, metadata=metadata, **options)
     elif suffix in (".npy", ".npz"):
         from weft.motion.files import arrays
 
-        (arrays.write_npy if suffix == ".npy" else arrays.write_npz)(motion, path, **options)
+        if suffix == ".npy":
+            arrays.write_npy(motion, path, **options)
+        else:
+            arrays.write_npz(motion, path, metadata=metadata, **options)
     else:
         from weft.motion.files import video
 
-        (video.write_gif if suffix == ".gif" else video.write_mp4)(motion, path, **options)
+        (video.write_gif if suffix == ".gif" else video.write_mp4)(motion, path, metadata=metadata, **options)
+    if metadata and suffix in (".bvh", ".npy"):
+        from weft.media import atomic_write
+
+        with atomic_write(Path(path).with_suffix(".json")) as handle:
+            handle.write(json.dumps(metadata, indent=1).encode() + b"\n")
 
 
 def load_part(part: Part, root: Path | None = None, *, fps: float | None = 20.0) -> Motion:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def read_npz(path: str | Path, *, bodies: dict[str, Body] | Body | None = None) 
             fps = next(
                 (float(data[k]) for k in ("fps", "mocap_framerate", "mocap_frame_rate") if k in keys), layout.fps
             )
-            return Motion(data["joints"][:, : len(layout.joints)], fps, layout, {"file": Path(path).name})
+            facts = {"weft": json.loads(str(data["weft"]))} if "weft" in keys else {}
+            return Motion(data["joints"][:, : len(layout.joints)], fps, layout, {"file": Path(path).name} | facts)
         if not {"poses", "trans"} <= keys:
             raise WeftError(f"holds {', '.join(sorted(keys)) or 'nothing'}: expected joints, or poses and trans")
         if bodies is None:
@@ -96,19 +98,22 @@ def read_npz(path: str | Path, *, bodies: dict[str, Body] | Body | None = None) 
         raise WeftError(f"{path} is damaged or holds pickled objects ({error}): save plain arrays") from error
 
 
-def write_npz(motion: Motion, path: str | Path) -> Pose:
+def write_npz(motion: Motion, path: str | Path, *, metadata: dict[str, Any] | None = None) -> Pose:
     """SMPL-style: `poses` [T, 66] and `trans` in AMASS's z-up axes, zero `betas`, and our `joints` beside them.
 
     Rotations are fitted to a T-pose skeleton with the clip's own bone lengths, not to SMPL's surface; on a SMPL body
     the pose is the same and the joints differ as the bodies do. `read_npz` takes `joints`, so nothing is lost.
+    `metadata` (JSON) stands under `weft`.
     """
     pose = solve(motion)
     turn = from_matrix(np.linalg.inv(_Z_UP)[None])[0]  # y up -> z up
     rotations = pose.rotations.copy()
     rotations[:, 0] = multiply(np.broadcast_to(turn, rotations[:, 0].shape), rotations[:, 0])
+    facts = {"weft": np.array(json.dumps(metadata))} if metadata else {}
     with atomic_write(path) as handle:
         np.savez(
             handle,
+            allow_pickle=False,
             poses=to_axis_angle(rotations).reshape(len(rotations), -1).astype(np.float32),
             trans=(pose.root @ _Z_UP).astype(np.float32),
             betas=np.zeros(10, dtype=np.float32),
@@ -117,5 +122,6 @@ def write_npz(motion: Motion, path: str | Path) -> Pose:
             joints=motion.joints,
             fps=np.array(motion.fps),
             layout=np.array(motion.layout.name),
+            **facts,
         )
     return pose

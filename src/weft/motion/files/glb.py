@@ -28,16 +28,17 @@ def _library() -> Any:
     return pygltflib
 
 
-def write_glb(motion: Motion, path: str | Path, *, exact: bool = False) -> Pose:
+def write_glb(motion: Motion, path: str | Path, *, exact: bool = False, metadata: dict[str, Any] | None = None) -> Pose:
     """A clip of 22 joints as GLB: skeleton in a T-pose, a figure of one solid per bone, one animation.
 
     Metres, y up. `exact` animates the translations of all joints too, for clips whose bones change length.
-    Returns what was written. Raises `WeftError` for another layout than humanml3d.
+    `metadata` (JSON) stands in the asset's extras. Returns what was written.
+    Raises `WeftError` for another layout than humanml3d.
     """
     gltf = _library()
     pose = solve(motion, exact=exact)
     doc, data = gltf.GLTF2(), bytearray()
-    doc.asset = gltf.Asset(version="2.0", generator="weft")
+    doc.asset = gltf.Asset(version="2.0", generator="weft", extras={"weft": metadata} if metadata else {})
     rest = rest_positions(pose)
     count = len(pose.names)
 
@@ -215,8 +216,10 @@ def _sample(doc: Any, blob: bytes, path: Path, fps: float) -> Rig:
         turned[:, k], sizes[:, k] = multiply(turned[:, parent], turn), sizes[:, parent] * size
     keep = sorted({j for s in doc.skins for j in s.joints}) or list(range(len(doc.nodes)))
     index = {k: n for n, k in enumerate(keep)}
+    extras = doc.asset.extras if isinstance(doc.asset.extras, dict) else {}
+    meta = {"file": path.name} | ({"weft": extras["weft"]} if "weft" in extras else {})
     names = [doc.nodes[k].name or f"node{k}" for k in keep]
-    return Rig(names, [index.get(parents[k], -1) for k in keep], positions[:, keep], fps, "m", "y", {"file": path.name})
+    return Rig(names, [index.get(parents[k], -1) for k in keep], positions[:, keep], fps, "m", "y", meta)
 
 
 def _at(tracks: dict, k: int, node: Any, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +25,12 @@ def write_gif(
     camera: Camera | None = None,
     fps: float = 20.0,
     follow: bool = False,
+    metadata: dict[str, Any] | None = None,
 ) -> None:
-    """An endless GIF, one palette for all frames. GIF counts in hundredths of a second: 20, 25 and 50 fps are exact."""
+    """An endless GIF, one palette for all frames; `metadata` is its comment.
+
+    GIF counts in hundredths of a second: 20, 25 and 50 fps are exact.
+    """
     frames = render_frames(motion, size=size, camera=camera, fps=fps, follow=follow)
     sample = frames[:: max(len(frames) // 6, 1)][:6]
     sheet = np.concatenate([np.asarray(f) for f in sample])
@@ -34,8 +40,9 @@ def write_gif(
     reduced = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
     with atomic_write(path) as handle:
         reduced[0].save(
-            handle, format="GIF", save_all=True, append_images=reduced[1:], loop=0, duration=round(1000 / fps)
-        )
+            handle, format="GIF", save_all=True, append_images=reduced[1:], loop=0, duration=round(1000 / fps),
+            **({"comment": json.dumps(metadata).encode()} if metadata else {}),
+        )  # fmt: skip
 
 
 def write_mp4(
@@ -46,8 +53,12 @@ def write_mp4(
     camera: Camera | None = None,
     fps: float = 20.0,
     follow: bool = False,
+    metadata: dict[str, Any] | None = None,
 ) -> None:
-    """H.264 in MP4 by ffmpeg (extra `motion`; IMAGEIO_FFMPEG_EXE names your own). Sizes must be even."""
+    """H.264 in MP4 by ffmpeg (extra `motion`; IMAGEIO_FFMPEG_EXE names your own). Sizes must be even.
+
+    `metadata` is its comment.
+    """
     try:
         import imageio_ffmpeg
     except ImportError as error:
@@ -58,7 +69,10 @@ def write_mp4(
     frames = render_frames(motion, size=size, camera=camera, fps=fps, follow=follow)
     with tempfile.TemporaryDirectory() as folder:
         made = os.path.join(folder, "clip.mp4")
-        writer = imageio_ffmpeg.write_frames(made, (width, height), fps=fps, quality=7, macro_block_size=2)
+        facts = ["-metadata", f"comment={json.dumps(metadata)}"] if metadata else []
+        writer = imageio_ffmpeg.write_frames(
+            made, (width, height), fps=fps, quality=7, macro_block_size=2, output_params=facts
+        )
         writer.send(None)
         for frame in frames:
             writer.send(np.ascontiguousarray(frame))

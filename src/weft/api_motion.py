@@ -1,0 +1,226 @@
+"""The Python face of motion models: sentences and movements in, movements and sentences out.
+
+model = weft.load_motion("tiny-motion")
+walk = model.generate("a person walks in a circle, then waves", seed=7, seconds=6)
+walk.save("walk.bvh")
+model.edit("walk.bvh", weft.weave("keep the action, take the style of {zombie.bvh}"))
+model.describe("walk.bvh")
+
+One request is one record, whatever its task: a model only answers records (`Responder`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import weft
+from weft.errors import WeftError
+from weft.record import Part, Record, make_record
+from weft.rng import seed_of
+
+if TYPE_CHECKING:
+    from weft.motion import Motion
+
+DEFAULT = "tiny-motion"
+FAMILIES = {"OmniMoGenPipeline": "weft.models.motion.load"}
+"""The class that a motion model's `model_index.json` declares -> the module whose `load(folder, device=, dtype=,
+lora=)` opens it as a `Responder`."""
+QUESTION = "Describe the movement."
+
+Movement = Any  # a path, a weft.motion.Motion, or a motion part
+
+
+@dataclass(slots=True)
+class MotionOptions:
+    """How movements and their texts are sampled; None is the model's own default.
+
+    `seconds` fixes the length of a movement, `temperature` 0 always takes the likeliest token, `guidance` 1 switches
+    guidance off; `batch` changes the speed and the memory, never the outputs. Raises `WeftError` for numbers out of
+    range.
+    """
+
+    seconds: float | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance: float | None = None
+    batch: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least, most, what in (
+            ("seconds", 0.2, 600.0, "from 0.2 to 600 (ten minutes)"),
+            ("temperature", 0.0, 10.0, "from 0 (the likeliest) to 10"),
+            ("top_k", 1, 1 << 20, "at least 1"),
+            ("top_p", 1e-6, 1.0, "above 0 and at most 1"),
+            ("guidance", 1.0, 100.0, "at least 1 (1: no guidance)"),
+            ("batch", 1, 1 << 20, "at least 1"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise WeftError(f"{name} is {value:g}; it must be {what}")
+
+
+class Responder(Protocol):
+    """What a motion model has to be: something that answers records."""
+
+    name: str
+
+    def respond(
+        self, records: Sequence[Record], *, seeds: Sequence[int], options: MotionOptions
+    ) -> list[list[Part]]:  # fmt: skip
+        """The assistant's parts for each record: texts, and motion parts whose value is a `weft.motion.Motion`.
+
+        What is answered, a movement or a text, follows from the instruction; `record.task` "describe" wants a text.
+        Answer k depends on record k and seed k alone, not on the batch.
+        """
+        ...
+
+
+@dataclass(slots=True)
+class MotionOutput:
+    """One answer: its movement (None where the model only wrote), its text, and what is needed to make it again."""
+
+    record: Record
+    parts: list[Part]
+    seed: int
+    metadata: dict[str, Any]
+
+    @property
+    def motion(self) -> Motion | None:
+        """The last movement of the answer: of a reflection, the one that it ends with."""
+        return next((p.value for p in reversed(self.parts) if p.type == "motion"), None)
+
+    @property
+    def text(self) -> str:
+        """All that was written, such as a plan or a judgement."""
+        return "\n".join(p.text.strip() for p in self.parts if p.type == "text" and p.text and p.text.strip())
+
+    def save(self, path: str | Path, *, metadata: bool = True) -> Path:
+        """Write the movement by the suffix of `path`, with seed, model and instruction unless `metadata` is off.
+
+        Raises `WeftError` for an answer without a movement, and as `weft.motion.write_motion`.
+        """
+        from weft.motion import write_motion
+
+        if self.motion is None:
+            raise WeftError(f"{self.metadata['model']} answered without a movement: {self.text[:200] or 'nothing'}")
+        write_motion(self.motion, path, metadata=self.metadata if metadata else None)
+        return Path(path)
+
+
+class MotionModel:
+    """A responder with its name. Every output is a function of (model, record, options, its own seed)."""
+
+    def __init__(self, responder: Responder, name: str | None = None) -> None:
+        self.responder, self.name = responder, name or responder.name
+
+    def __repr__(self) -> str:
+        return f"weft.MotionModel({self.name!r})"
+
+    def generate(
+        self, instruction: str | Sequence[Part], *, seed: int = 0, references: Sequence[Movement] = (),
+        options: MotionOptions | None = None, seconds: float | None = None,
+    ) -> Motion:  # fmt: skip
+        """A movement of a sentence, or of a sentence with movements woven in (`weft.weave`).
+
+        `seconds` is short for `options`. Raises `WeftError` if the model answers without a movement.
+        """
+        record = make_record(instruction, references=references)
+        return self._movement(record, seed, _options(options, seconds))
+
+    def edit(
+        self, source: Movement, instruction: str | Sequence[Part], *, seed: int = 0,
+        references: Sequence[Movement] = (), options: MotionOptions | None = None, seconds: float | None = None,
+    ) -> Motion:  # fmt: skip
+        """`source` changed as the instruction says; the source is motion 1. The rest as in `generate`."""
+        record = make_record(instruction, source, references=references)
+        return self._movement(record, seed, _options(options, seconds))
+
+    def describe(self, source: Movement, question: str = QUESTION, *, options: MotionOptions | None = None) -> str:
+        """What the model writes about a movement. Raises `WeftError` if it writes nothing."""
+        record = make_record(question, source, task="describe")
+        (output,) = self.run([record], seeds=[0], options=options or MotionOptions(temperature=0))
+        if not output.text:
+            raise WeftError(f"{self.name} wrote nothing about the movement; ask another question")
+        return output.text
+
+    def run(
+        self, records: Sequence[Record], *, seed: int = 0, n: int = 1, seeds: Sequence[int] | None = None,
+        options: MotionOptions | None = None,
+    ) -> Iterator[MotionOutput]:  # fmt: skip
+        """Answer records in batches: n outputs per record, in order, each batch as soon as it is done.
+
+        Sample k of a record has its own seed, derived from (`seed`, the record's id, k); `seeds`, n per record,
+        overrule. Raises `WeftError` for an `n` below 1 or another number of seeds.
+        """
+        options = options or MotionOptions()
+        if n < 1:
+            raise WeftError(f"n is {n}; it must be at least 1")
+        if seeds is None:
+            seeds = [seed_of(seed, "output", record=record.id, sample=k) for record in records for k in range(n)]
+        if len(seeds) != len(records) * n:
+            raise WeftError(f"{len(seeds)} seeds for {len(records) * n} outputs; give one for each output")
+        jobs = [(record, seeds[i * n + k]) for i, record in enumerate(records) for k in range(n)]
+        for start in range(0, len(jobs), options.batch):
+            part = jobs[start : start + options.batch]
+            answers = self.responder.respond([r for r, _ in part], seeds=[s for _, s in part], options=options)
+            for (record, one), parts in zip(part, answers, strict=True):
+                facts = {"weft": weft.__version__, "model": self.name, "instruction": record.instruction, "seed": one}
+                asked = {k: getattr(options, k) for k in ("seconds", "temperature", "top_k", "top_p", "guidance")}
+                yield MotionOutput(record, parts, one, facts | {k: v for k, v in asked.items() if v is not None})
+
+    def _movement(self, record: Record, seed: int, options: MotionOptions) -> Motion:
+        (output,) = self.run([record], seeds=[seed], options=options)
+        if output.motion is None:
+            raise WeftError(f"{self.name} answered without a movement: {output.text[:200] or 'nothing'}")
+        return output.motion
+
+
+def _options(options: MotionOptions | None, seconds: float | None) -> MotionOptions:
+    if options is not None and seconds is not None:
+        raise WeftError("seconds stands in the options, too: give it once")
+    return options or MotionOptions(seconds=seconds)
+
+
+def load_motion(
+    model: str | Path = DEFAULT,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    lora: Sequence[str | tuple[str, float]] = (),
+) -> MotionModel:
+    """Load a motion model: a zoo name or a folder.
+
+    Raises:
+        WeftError: no such model (the known ones are listed), or one that does not make movements.
+    """
+    folder = find_motion(str(model))
+    opener = import_module(FAMILIES[_declared(folder)])
+    return MotionModel(opener.load(folder, device=device, dtype=dtype, lora=lora), str(model))
+
+
+def find_motion(name: str) -> Path:
+    """The folder of a motion model. Raises `WeftError` if there is none of this name, or it is one of pictures."""
+    zoo = Path(weft.__file__).parent / "zoo"
+    for folder in (Path(name), zoo / name):
+        if folder.is_dir() and name:
+            if (declared := _declared(folder)) not in FAMILIES:
+                raise WeftError(f"{name} is {declared or 'no model folder'}: it does not make movements")
+            return folder
+    known = sorted(p.parent.name for p in zoo.glob("*/model_index.json") if _declared(p.parent) in FAMILIES)
+    raise WeftError(
+        f"no motion model {name!r}: not a folder and not in the zoo (motion models there: {', '.join(known) or 'none'})"
+    )
+
+
+def _declared(folder: Path) -> str:
+    import json
+
+    try:
+        return str(json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
