@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from weft.world.motion_body import TOE_Z, Take, join, joints_of, stand
+from weft.world.motion_body import Take, join, joints_of, stand
 from weft.world.motion_gait import ease, pulse, stepping, stride, times, travel, walking
 from weft.world.motion_scripts import JITTER, Act, Script
 from weft.world.motion_styles import STYLE, Style, pose
@@ -132,7 +132,7 @@ def _travel(act: Act, how: Manner) -> Take:
 
     take, t = walking(start + (count + 0.4) * period + REST, root_at, style.stance)
     pose(take, style, t)
-    lift = 0.09 * style.lift
+    lift = 0.1 * max(style.lift, 0.6)
     stepping(
         take, t, root_at, count, period,
         start=start,
@@ -195,7 +195,7 @@ def _turn(act: Act, how: Manner) -> Take:
     take, t = _begin(start + (count + 0.2) * period + REST, how)
     take.yaw = root_at(t)[1]
     first = 0 if act.direction != "right" else 1
-    stepping(take, t, root_at, count, period, start=start, duty=1.15, lift=0.07 * how.style.lift, kick=0.3,
+    stepping(take, t, root_at, count, period, start=start, duty=1.15, lift=0.09 * max(how.style.lift, 0.6), kick=0.3,
              stance=how.style.stance, first=first)  # fmt: skip
     take.twist += 0.25 * sign * pulse(t, start - 0.2, 0.3, max(span - 0.5, 0.05), 0.4)
     return take
@@ -247,7 +247,6 @@ def _hop(act: Act, how: Manner) -> Take:
         take.toes[:, side, 1] += air
         take.feet[:, side, 1] += 0.5 * pulse(t, off - 0.1, 0.1, 0.05, fly * 0.7)
     take.sway[:, 0] += sign * 0.7 * stance * lifted
-    take.toes[:, side, 0] -= 0  # the foot that hops stays on its line
     take.toes[:, other, 2] += take.root[:, 1] - 0.3 * lifted
     take.toes[:, other, 1] += 0.3 * lifted
     take.feet[:, other, 1] += 0.9 * lifted
@@ -261,7 +260,7 @@ def _squat(act: Act, how: Manner) -> Take:
     down, count, start = 0.7 / how.tempo, (1 if how.brief or how.tempo < 0.8 else _count(how, 1, 2)), _start(how)
     cycle = 2.3 * down
     take, t = _begin(start + count * cycle + REST, how)
-    low = sum(pulse(t, start + k * cycle, down, 0.2 * down, down) for k in range(count))
+    low = np.sum([pulse(t, start + k * cycle, down, 0.2 * down, down) for k in range(count)], axis=0)
     take.height -= (0.42 + 0.04 * how.size) * low
     take.pitch += (0.45 - 0.5 * how.style.pitch) * low
     take.sway[:, 1] -= 0.1 * low
@@ -429,6 +428,3 @@ def _dance(act: Act, how: Manner) -> Take:
         where = np.stack([0.12 + 0.22 * hand * swing, -0.12 + 0.12 * np.sin(beat), 0.3 + 0 * t], axis=-1)
         _hold(take, side, moving, where, (0.8, -0.8, -0.2))
     return take
-
-
-__all__ = ["REST", "TEMPO", "TOE_Z", "clip_joints", "take_of"]

@@ -75,10 +75,11 @@ def join(takes: list[Take]) -> Take:
     """Takes one after the other, each from where the one before ended."""
     done = takes[0]
     for take in takes[1:]:
-        yaw, x, z = done.yaw[-1], *done.root[-1]
-        root = turned(np.stack([take.root[:, 0], 0 * take.yaw, take.root[:, 1]], axis=-1), yaw)[:, [0, 2]]
-        take.root, take.yaw = root + [x, z], take.yaw + yaw
-        take.toes = turned(take.toes, yaw) + [x, 0, z]
+        yaw, place = done.yaw[-1], np.array([done.root[-1, 0], 0.0, done.root[-1, 1]])
+        root = np.stack([take.root[:, 0], np.zeros(len(take)), take.root[:, 1]], axis=-1)
+        take.root = (turned(root, yaw) + place)[:, [0, 2]]
+        take.yaw = take.yaw + yaw
+        take.toes = turned(take.toes, yaw) + place
         take.feet[..., 0] += yaw
         done = Take(*(np.concatenate([getattr(done, f.name), getattr(take, f.name)]) for f in fields(Take)))
     return done
@@ -181,7 +182,7 @@ def _limbs(
     start: np.ndarray, middle: np.ndarray, goal: np.ndarray, upper: np.ndarray, lower: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """`two_bones` for both sides: [T, 2, 3] each."""
-    flat = [a.reshape(-1, 3) for a in (start, middle, goal)]
-    many = len(start)
-    a, b = two_bones(*flat, np.tile(upper, many), np.tile(lower, many))
+    start, middle, goal = (v.reshape(-1, 3) for v in (start, middle, goal))
+    many = len(start) // 2
+    a, b = two_bones(start, middle, goal, np.tile(upper, many), np.tile(lower, many))
     return a.reshape(-1, 2, 3), b.reshape(-1, 2, 3)

@@ -75,11 +75,11 @@ def stepping(
         k = np.searchsorted(leaves, t, side="right")  # steps begun
         now = np.maximum(k - 1, 0)
         u = np.where(k > 0, np.clip((t - leaves[now]) / (lands[now] - leaves[now]), 0, 1), 0.0)
-        share = ease(u)[:, None]
+        share = ease((u - 0.1) / 0.8)[:, None]  # up first, then forward
         a, b = feet[np.where(k > 0, now, 0)], feet[np.where(k > 0, now + 1, 0)]
         toe = a + share * (b - a)
-        bump = np.sin(np.pi * u) ** 2
-        early = np.sin(np.pi * np.minimum(u * 1.6, 1)) ** 2
+        bump = np.sin(np.pi * u)
+        early = np.sin(np.pi * u**0.75)
         toe[:, 1] = lift * (early if back else bump)
         facing = yaw[np.where(k > 0, now, 0)] * (1 - share[:, 0]) + yaw[np.where(k > 0, now + 1, 0)] * share[:, 0]
         if back:
@@ -91,7 +91,9 @@ def stepping(
         falling = np.where(k > 0, (1 - ease(u * 1.15)), 0.0)
         take.toes[:, side] = toe
         take.feet[:, side, 0] = facing
-        take.feet[:, side, 1] = kick * np.maximum(pushing, falling * (k > 0)) - 0.12 * bump * (u > 0.5) * (kick > 0.3)
+        take.feet[:, side, 1] = kick * np.maximum(pushing, falling * (k > 0)) - 0.12 * bump**2 * (u > 0.5) * (
+            kick > 0.3
+        )
 
 
 def walking(

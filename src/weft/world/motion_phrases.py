@@ -112,7 +112,7 @@ class MotionSpeaker(Voice):
 
     def op(self, script: Script, op: Op) -> tuple[str, str]:
         """One operation in words (imperative), and its canonical form."""
-        kind, value = op["op"], op.get("value")
+        kind, value = op["op"], op.get("value", "")
         if kind == "style":
             words = self.frame(EDITS[kind])
             return words.format(v=pick(self.rng, STYLE_WORDS[value]), n=self.word(STYLE_NOUNS[value])), f"style {value}"

@@ -165,8 +165,8 @@ def fits(acts: Sequence[Act]) -> bool:
 def draw_script(
     rng: np.random.Generator, split: str, two: float = 0.25, style: float = 0.5, speed: float = 0.4
 ) -> Script:
-    """A random script of a split: `two`, `style`, `speed` are the chances of a second act, of a style and of a speed that are
-    not the default."""
+    """A random script of a split: `two`, `style`, `speed` are the chances of a second act, of a style and of a speed
+    that are not the default."""
     acts: tuple[Act, ...] = (draw_act(rng),)
     if rng.random() < two:
         while not fits(acts := (draw_act(rng), draw_act(rng))):

@@ -1,8 +1,8 @@
 """Records of the embedded motion world: an endless, deterministic set of movement tasks.
 
 Record i of a split is a function of (seed, split, i). The splits never share a clip: a script belongs to the split
-that the digest of its jitter names, and a record holds scripts of its own split only. Training records hold no held-out pair of
-action and style, no held-out phrasing and no edit of the held-out kind (a change of direction).
+that the digest of its jitter names, and a record holds scripts of its own split only. Training records hold no
+held-out pair of action and style, no held-out phrasing and no edit of the held-out kind (a change of direction).
 """
 
 from __future__ import annotations

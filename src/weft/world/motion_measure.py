@@ -1,0 +1,148 @@
+"""What the joints of a clip show, as numbers: postures, swings, steps, the path and the tempo.
+
+Everything is measured from positions, after a light low-pass, so that centimetres of noise and a slow drift of the
+root change little. Lengths in metres, angles in radians, in the body's own frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.ndimage import gaussian_filter1d
+from scipy.signal import find_peaks
+
+FPS = 20.0
+SMOOTH = 1.0  # frames, of the low-pass on all joints
+_SIDES = ((16, 20), (17, 21))  # shoulder, wrist
+
+# Signals [T]: name -> tolerance of its extremes, within which two clips show the same.
+SIGNALS = {
+    "left hand out": 0.09, "left hand up": 0.09, "left hand ahead": 0.09,
+    "right hand out": 0.09, "right hand up": 0.09, "right hand ahead": 0.09,
+    "pitch": 0.12, "roll": 0.12, "head pitch": 0.3, "head roll": 0.25, "pelvis": 0.05,
+    "left toe up": 0.06, "right toe up": 0.06, "left toe ahead": 0.12, "right toe ahead": 0.12,
+    "hands apart": 0.12, "aside": 0.08,
+}  # fmt: skip
+SWINGS = {  # signals whose swings are counted, with the smallest swing
+    "left hand out": 0.09, "right hand out": 0.09, "left hand ahead": 0.12, "right hand ahead": 0.12,
+    "hands apart": 0.14, "pelvis": 0.06, "left toe up": 0.045, "right toe up": 0.045, "aside": 0.08,
+}  # fmt: skip
+TEMPO = ("left hand out", "left hand up", "left hand ahead", "right hand out", "right hand up", "right hand ahead",
+         "pitch", "pelvis", "left toe ahead", "right toe ahead", "left toe up", "right toe up", "hands apart", "turn",
+         "aside")  # fmt: skip
+_FLOORS = {"pitch": 0.3, "turn": 0.6}  # the least range at which a signal tells about tempo, by default 0.12
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """`look` [D] are the numbers that tell acts and styles apart; `tempo` [K] how fast each signal moves, and `range`
+    [K] how far."""
+
+    look: np.ndarray
+    tempo: np.ndarray
+    range: np.ndarray
+
+
+def smoothed(joints: np.ndarray) -> np.ndarray:
+    """Joints [T, 22, 3] as float64 after the low-pass."""
+    return gaussian_filter1d(joints.astype(np.float64), SMOOTH, axis=0, mode="nearest")
+
+
+def heading(joints: np.ndarray) -> np.ndarray:
+    """The direction in which hips and shoulders face, unwrapped, [T]; a body at 0 faces +z and turns left upwards."""
+    across = joints[:, 1] - joints[:, 2] + joints[:, 16] - joints[:, 17]
+    return gaussian_filter1d(np.unwrap(np.arctan2(-across[:, 2], across[:, 0])), 1.0, mode="nearest")
+
+
+def activity(joints: np.ndarray) -> np.ndarray:
+    """Mean speed of the joints, m/s, smoothed, [T]: low where a body rests."""
+    step = np.linalg.norm(np.diff(joints, axis=0), axis=-1).mean(axis=-1) * FPS
+    return gaussian_filter1d(np.concatenate([step, step[-1:]]), 1.5, mode="nearest")
+
+
+def signals(joints: np.ndarray) -> dict[str, np.ndarray]:
+    """The signals of SIGNALS, and `turn`, from smoothed joints."""
+    yaw = heading(joints)
+    cos, sin = np.cos(yaw)[:, None], np.sin(yaw)[:, None]
+    local = joints - joints[:, :1] * [1, 0, 1]
+    x, z = cos * local[..., 0] - sin * local[..., 2], sin * local[..., 0] + cos * local[..., 2]
+    local = np.stack([x, local[..., 1], z], axis=-1)
+    found: dict[str, np.ndarray] = {}
+    for name, sign, (shoulder, wrist) in zip(("left", "right"), (1, -1), _SIDES, strict=True):
+        hand = local[:, wrist] - local[:, shoulder]
+        found[f"{name} hand out"], found[f"{name} hand up"] = sign * hand[:, 0], hand[:, 1]
+        found[f"{name} hand ahead"] = hand[:, 2]
+    torso = local[:, 12] - local[:, 0]
+    head = local[:, 15] - local[:, 12]
+    found["pitch"] = np.arctan2(torso[:, 2], torso[:, 1])
+    found["roll"] = np.arctan2(-torso[:, 0], torso[:, 1])
+    found["head pitch"] = np.arctan2(head[:, 2], head[:, 1]) - found["pitch"]
+    found["head roll"] = np.arctan2(-head[:, 0], np.hypot(head[:, 1], head[:, 2]))
+    floor = np.quantile(local[:, [10, 11], 1], 0.05)
+    found["pelvis"] = local[:, 0, 1] - floor
+    for name, toe in (("left", 10), ("right", 11)):
+        found[f"{name} toe up"] = local[:, toe, 1] - floor
+        found[f"{name} toe ahead"] = local[:, toe, 2]
+    found["hands apart"] = np.linalg.norm(local[:, 20] - local[:, 21], axis=-1)
+    found["turn"] = yaw - yaw[:3].mean()
+    middle = gaussian_filter1d(joints[:, 0][:, [0, 2]], 2.0, axis=0, mode="nearest")
+    step = np.diff(middle, axis=0, prepend=middle[:1])
+    found["aside"] = np.cumsum(step[:, 0] * cos[:, 0] - step[:, 1] * sin[:, 0])
+    return found
+
+
+def measure(joints: np.ndarray) -> Measured:
+    """Measures joints [T, 22, 3] at 20 fps, smoothed already."""
+    s = signals(joints)
+    rows = np.stack([s[n] for n in SIGNALS])
+    low, middle, high = np.quantile(rows, (0.04, 0.5, 0.96), axis=1)
+    counts = [_swings(s[n], least) for n, least in SWINGS.items()]
+    lowest = np.minimum(s["left toe up"], s["right toe up"])
+    air = np.sort(lowest)[-max(len(lowest) // 25, 2) :].mean()
+    steps = counts[list(SWINGS).index("left toe up")] + counts[list(SWINGS).index("right toe up")]
+    path = _path(joints, s["turn"], steps)
+    look = np.concatenate([low, middle, high, np.log1p(counts), [air], path])
+    moved = np.stack([s[n] for n in TEMPO])
+    extent = np.quantile(moved, 0.98, axis=1) - np.quantile(moved, 0.02, axis=1)
+    speed = np.quantile(np.abs(np.diff(moved, axis=1)), 0.95, axis=1) * FPS
+    floors = np.array([_FLOORS.get(n, 0.12) for n in TEMPO])
+    return Measured(look, np.log(np.maximum(speed, 1e-3) / np.maximum(extent, 1e-3)), extent / floors)
+
+
+def _swings(signal: np.ndarray, least: float) -> int:
+    return len(find_peaks(signal, prominence=least)[0])
+
+
+PATH = {"length": 0.15, "ahead": 0.15, "left": 0.15, "turn": 0.25, "wander": 0.3, "facing": 0.4, "step": 0.12}
+
+
+def _path(joints: np.ndarray, turn: np.ndarray, steps: int) -> list[float]:
+    """Length and net displacement (saturating beyond two metres), net and superfluous turn in quarter turns, whether
+    the body faces where it goes, and the length of a step."""
+    middle = gaussian_filter1d(joints[:, 0][:, [0, 2]], 2.5, axis=0, mode="nearest")
+    step = np.diff(middle, axis=0)
+    length = np.linalg.norm(step, axis=1)
+    total = length.sum()
+    first = np.arctan2(np.sin(heading(joints)[:3]).mean(), np.cos(heading(joints)[:3]).mean())
+    net = middle[-1] - middle[0]
+    ahead = net[0] * np.sin(first) + net[1] * np.cos(first)
+    left = net[0] * np.cos(first) - net[1] * np.sin(first)
+    yaw = gaussian_filter1d(turn, 2.0, mode="nearest")
+    quarter = yaw / (np.pi / 2)
+    going = (step * np.stack([np.sin(turn + first), np.cos(turn + first)], axis=-1)[1:]).sum(axis=1)
+    forth = np.tanh(4 * going.sum() / max(total, 0.3))
+    wander = np.abs(np.diff(quarter)).sum() - abs(quarter[-1] - quarter[0])
+    sat = [float(2 * np.tanh(v / 2)) for v in (total, ahead, left)]
+    return [*sat, float(quarter[-1]), float(min(wander, 3.0)), float(forth), float(min(total / max(steps, 1), 1.5))]
+
+
+TOLERANCE = np.concatenate(
+    [np.tile(list(SIGNALS.values()), 3), np.full(len(SWINGS), 0.4), [0.03], list(PATH.values())]
+)
+NAMES = (
+    [f"{n} {k}" for k in ("low", "middle", "high") for n in SIGNALS]
+    + [f"swings of {n}" for n in SWINGS]
+    + ["air"]
+    + [f"path {n}" for n in PATH]
+)
