@@ -74,23 +74,9 @@ class RewriterTrainable:
 
     def loss(self, examples: Sequence[Example], draw: Draw) -> Loss:
         """Cross-entropy per sample [B] over the answer's tokens; `tokens` is the share that is predicted right."""
-        device = self.model.get_input_embeddings().weight.device
         rows = [example["ids"] for example in examples]
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        image = self.model.config.image_token_id
-        inputs: dict[str, Tensor] = {
-            "input_ids": ids.to(device),
-            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device),
-        }
-        shown = [example for example in examples if "pixels" in example]
-        if shown:
-            inputs |= {
-                "pixel_values": torch.cat([example["pixels"] for example in shown]).to(device, self.model.dtype),
-                "image_grid_thw": torch.cat([example["grids"] for example in shown]).to(device),
-                "mm_token_type_ids": (ids == image).int().to(device),
-            }
-        states = self.model.model(**inputs, use_cache=False).last_hidden_state
+        states = hidden_states(self.model, examples)
+        device = states.device
         losses, right, count = [], 0, 0
         for k, example in enumerate(examples):  # logits of the answers alone: the vocabulary is large
             start, stop = int(example["answer"]), len(rows[k])
@@ -105,6 +91,27 @@ class RewriterTrainable:
         """Write a complete VLM folder: weights, tokenizer, chat template, image processor."""
         self.model.save_pretrained(folder)
         self.reader.processor.save(folder)
+
+
+def hidden_states(model: Any, examples: Sequence[Example]) -> Tensor:
+    """The last layer's states [B, L, C] of a VLM over examples with `ids` [L] and, where they have pictures, `pixels`
+    [P, D] and `grids` [n, 3]; shorter rows are padded at the end."""
+    device = model.get_input_embeddings().weight.device
+    rows = [example["ids"] for example in examples]
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    inputs: dict[str, Tensor] = {
+        "input_ids": ids.to(device),
+        "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device),
+    }
+    shown = [example for example in examples if "pixels" in example]
+    if shown:
+        inputs |= {
+            "pixel_values": torch.cat([example["pixels"] for example in shown]).to(device, model.dtype),
+            "image_grid_thw": torch.cat([example["grids"] for example in shown]).to(device),
+            "mm_token_type_ids": (ids == model.config.image_token_id).int().to(device),
+        }
+    return model.model(**inputs, use_cache=False).last_hidden_state
 
 
 def standardised(path: str, target: str = "standard") -> list[Record]:

@@ -141,8 +141,9 @@ def _half(record: Record, rng: Rng) -> Made:
         k = int(rng.integers(len(plan)))
         scene = _apply(source, plan[:k] + plan[k + 1 :])
     else:
-        more = propose(rng, target, pick(rng, ("recolour", "repattern", "resize", "remove", "light", "style")))
-        scene = _apply(target, more) if target.things and more else None
+        kind = pick(rng, ("recolour", "repattern", "resize", "remove", "light", "style"))
+        more = propose(rng, target, kind) if target.things else None
+        scene = _apply(target, more) if more else None
     return _drawn(record, scene) if scene is not None else _corrupted(record, rng)
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 from weft.errors import WeftError
@@ -57,13 +58,14 @@ class Judge:
         max_pixels: int | None = None,
         batch_size: int = 16,
     ) -> None:
-        """`model`: a model, a folder (Qwen2.5-VL, Qwen3-VL), or with `url` the name on an OpenAI-compatible server
-        whose API key is in the environment variable `key_env`. `store`: a JSONL file of replies.
+        """`model`: a model, a folder (Qwen2.5-VL, Qwen3-VL), a zoo name, or with `url` the name on an OpenAI-compatible
+        server whose API key is in the environment variable `key_env`. `store`: a JSONL file of replies.
 
         `variant`: "logit" (expectation over the numbers of `scale`), "yes_no" (P(Yes) of the two), "sampled" (the
         number that was said; `temperature` defaults to 1 here, else to 0). With `reasoning` the judge writes first
         (up to `max_tokens`, 512), and its last "Score:" is read; it agreed less with people (App. B.1 of the paper).
-        `template` replaces our text (fields {instruction}, {requirement}); `quote=False` puts the instruction in
+        `template` replaces our text (fields {instruction}, {requirement}); a folder's own, if it was trained on one,
+        stands in its judge.json and is taken where none is given. `quote=False` puts the instruction in
         as it is, as the public code does, which lets it talk to the judge. `requirements` add to or replace those of
         `weft.reward.rubric`. `device` to `batch_size` are those of `weft.vlm.local.load_vlm`.
 
@@ -79,6 +81,9 @@ class Judge:
         self.variant, self.reasoning, self.scale, self.min_mass = variant, reasoning, (low, high), min_mass
         self.kind = "yes_no" if variant == "yes_no" else "score"
         self.choices = ("Yes", "No") if self.kind == "yes_no" else tuple(map(str, range(low, high + 1)))
+        if isinstance(model, str) and url is None:
+            model = str(judge_folder(model))
+            template = trained_on(model) if template is None else template
         self.template, self.quote, self.requirements = template, quote, dict(requirements or {})
         if template is not None:
             rubric.fill(template, {"instruction": "", "requirement": ""})  # refuses unknown fields
@@ -191,6 +196,18 @@ class Judge:
         if not low <= number <= high:
             return Score(None, reason=f"the judge said {number:g}, which is not from {low} to {high}")
         return Score((number - low) / (high - low), {"score": number})
+
+
+def judge_folder(name: str) -> Path:
+    """The folder of a judge: a path, or a name of the zoo."""
+    shipped = Path(__file__).parents[1] / "zoo" / name
+    return shipped if not Path(name).exists() and (shipped / "config.json").is_file() else Path(name)
+
+
+def trained_on(folder: str | Path) -> str | None:
+    """The question that the judge in a folder was trained on (its judge.json), or None: ours."""
+    file = Path(folder) / "judge.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("template") if file.is_file() else None
 
 
 def _model(

@@ -134,6 +134,17 @@ class LocalVLM:
                     replies[i] = reply
         return [reply for reply in replies if reply is not None]
 
+    def states(self, questions: Sequence[Question]) -> list[Tensor]:
+        """The last layer's state [C] where each answer would begin, in order: what a critic's head reads."""
+        encoded = [self.encode(question) for question in questions]
+        found: list[Tensor] = []
+        with self._lock, torch.inference_mode():
+            for start in range(0, len(encoded), self.batch_size):
+                pieces = [self._piece(item, 0, len(item.ids)) for item in encoded[start : start + self.batch_size]]
+                output, _ = self._forward(pieces, None, None, states=True)
+                found += list(output.hidden_states[-1][:, -1])
+        return found
+
     def choice_ids(self, choices: Sequence[str]) -> dict[int, str]:
         """Token ids of the choices, each checked to be one token that reads back as itself; with a leading blank,
         too, where that is one token (answers after "Score:" begin so)."""
@@ -214,7 +225,9 @@ class LocalVLM:
             [item.grids[k] for k in shown],
         )
 
-    def _forward(self, pieces: list[_Piece], cache: Any, past: Tensor | None) -> tuple[Any, Tensor]:
+    def _forward(
+        self, pieces: list[_Piece], cache: Any, past: Tensor | None, states: bool = False
+    ) -> tuple[Any, Tensor]:
         """One call on left-padded pieces [B, L]; returns the output and the mask [B, past + L], 0 where padded."""
         device, longest = self.model.device, max(len(piece.ids) for piece in pieces)
         ids = torch.full((len(pieces), longest), min(self.ends, default=0), dtype=torch.long)
@@ -238,6 +251,7 @@ class LocalVLM:
             image_grid_thw=torch.stack(grids).to(device) if grids else None,
             use_cache=True,
             logits_to_keep=1,
+            output_hidden_states=states,
         )
         return output, mask
 
