@@ -353,7 +353,7 @@ def _reach(act: Act, how: Manner) -> Take:
 
 def _punch(act: Act, how: Manner) -> Take:
     hit, start = 0.2 / how.tempo, _start(how)
-    count, raise_ = (2 if how.brief or how.tempo < 0.8 else _count(how, 2, 4)), 0.4
+    count, raise_ = (2 if how.brief or how.tempo < 0.8 else _count(how, 2, 4)), 0.4 / how.tempo**0.5
     cycle = 2.6 * hit
     sides = _sides(act)
     total = count * cycle * (2 if len(sides) > 1 and not how.brief else 1)
@@ -373,7 +373,7 @@ def _punch(act: Act, how: Manner) -> Take:
 
 
 def _clap(act: Act, how: Manner) -> Take:
-    rate, start, up = 1.7 * how.tempo, _start(how), 0.4
+    rate, start, up = 1.7 * how.tempo, _start(how), 0.4 / how.tempo**0.5
     count = 4 if how.brief or how.tempo < 0.8 else _count(how, 4, 7)
     take, t = _begin(start + 2 * up + count / rate + REST, how)
     share = pulse(t, start, up, count / rate, up)

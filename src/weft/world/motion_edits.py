@@ -21,6 +21,7 @@ from weft.world.motion_scripts import (
     Script,
     draw_act,
     fits,
+    paced,
 )
 from weft.world.scene import pick
 
@@ -32,22 +33,24 @@ HELD_OUT_KIND = "direction"  # no training record asks for it
 
 
 def propose(rng: Rng, script: Script, kind: str) -> list[Op] | None:
-    """A random plan of this kind for a script, or None where there is none."""
+    """A random plan of this kind for a script, or None where there is none or its target would make no sense."""
+    plan = _propose(rng, script, kind)
+    return plan if plan and fits(apply(script, plan)) else None
+
+
+def _propose(rng: Rng, script: Script, kind: str) -> list[Op] | None:
     if kind == "two_in_one":
         return _two(rng, script)
     if kind == "style":
         return [{"op": kind, "value": pick(rng, [s for s in STYLES if s != script.style])}]
     if kind == "speed":
-        if len(script.acts) > 1:
+        if not paced(script.acts):
             return None
         return [{"op": kind, "value": pick(rng, [s for s in SPEEDS if s != script.speed])}]
     if kind == "drop":
         return [{"op": kind}] if len(script.acts) > 1 else None
     if kind == "append":
-        if len(script.acts) > 1 or script.speed != SPEEDS[0]:
-            return None
-        new = draw_act(rng)
-        return [{"op": kind, "value": _json(new)}] if fits((script.acts[0], new)) else None
+        return [{"op": kind, "value": _json(draw_act(rng))}] if len(script.acts) == 1 else None
     i = int(rng.integers(len(script.acts)))
     act = script.acts[i]
     if kind == "trajectory":
@@ -66,8 +69,7 @@ def propose(rng: Rng, script: Script, kind: str) -> list[Op] | None:
         return [{"op": kind, "act": i, "value": "right" if act.direction == "left" else "left"}]
     if kind == "action":
         new = draw_act(rng, [a for a in ACTIONS if a != act.action])
-        acts = [*script.acts[:i], new, *script.acts[i + 1 :]]
-        return [{"op": kind, "act": i, "value": _json(new)}] if fits(acts) else None
+        return [{"op": kind, "act": i, "value": _json(new)}]
     raise KeyError(kind)
 
 

@@ -36,12 +36,20 @@ _FLOORS = {"pitch": 0.3, "turn": 0.6}  # the least range at which a signal tells
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """`look` [D] are the numbers that tell acts and styles apart; `tempo` [K] how fast each signal moves, and `range`
-    [K] how far."""
+    """`look` [D] are the numbers that tell acts and styles apart. `tempo` [K] is how fast each signal of TEMPO moves
+    (top speed over range) and how often each of SWINGS swings, as logarithms; `weight` [K] how much it tells: 0 for a
+    signal that hardly moves or swings less than three times."""
 
     look: np.ndarray
     tempo: np.ndarray
-    range: np.ndarray
+    weight: np.ndarray
+
+
+def mean(measured: list[Measured]) -> Measured:
+    """The mean of several measurements; tempo counts by its weight."""
+    weight = np.stack([m.weight for m in measured])
+    tempo = (weight * [m.tempo for m in measured]).sum(axis=0) / np.maximum(weight.sum(axis=0), 1e-9)
+    return Measured(np.mean([m.look for m in measured], axis=0), tempo, weight.mean(axis=0))
 
 
 def smoothed(joints: np.ndarray) -> np.ndarray:
@@ -97,7 +105,8 @@ def measure(joints: np.ndarray) -> Measured:
     s = signals(joints)
     rows = np.stack([s[n] for n in SIGNALS])
     low, middle, high = np.quantile(rows, (0.04, 0.5, 0.96), axis=1)
-    counts = [_swings(s[n], least) for n, least in SWINGS.items()]
+    peaks = [find_peaks(s[n], prominence=least)[0] for n, least in SWINGS.items()]
+    counts = [len(p) for p in peaks]
     lowest = np.minimum(s["left toe up"], s["right toe up"])
     air = np.sort(lowest)[-max(len(lowest) // 25, 2) :].mean()
     steps = counts[list(SWINGS).index("left toe up")] + counts[list(SWINGS).index("right toe up")]
@@ -107,11 +116,11 @@ def measure(joints: np.ndarray) -> Measured:
     extent = np.quantile(moved, 0.98, axis=1) - np.quantile(moved, 0.02, axis=1)
     speed = np.quantile(np.abs(np.diff(moved, axis=1)), 0.95, axis=1) * FPS
     floors = np.array([_FLOORS.get(n, 0.12) for n in TEMPO])
-    return Measured(look, np.log(np.maximum(speed, 1e-3) / np.maximum(extent, 1e-3)), extent / floors)
-
-
-def _swings(signal: np.ndarray, least: float) -> int:
-    return len(find_peaks(signal, prominence=least)[0])
+    weight = np.minimum(extent / floors, 3.0) * (extent > floors)
+    rate = [np.log((len(p) - 1) / (p[-1] - p[0]) * FPS) if len(p) > 2 else 0.0 for p in peaks]
+    often = [4.0 * (c > 2) for c in counts]
+    tempo = np.log(np.maximum(speed, 1e-3) / np.maximum(extent, 1e-3))
+    return Measured(look, np.concatenate([tempo, rate]), np.concatenate([weight, often]))
 
 
 PATH = {"length": 0.15, "ahead": 0.15, "left": 0.15, "turn": 0.25, "wander": 0.3, "facing": 0.4, "step": 0.12}
@@ -137,9 +146,7 @@ def _path(joints: np.ndarray, turn: np.ndarray, steps: int) -> list[float]:
     return [*sat, float(quarter[-1]), float(min(wander, 3.0)), float(forth), float(min(total / max(steps, 1), 1.5))]
 
 
-TOLERANCE = np.concatenate(
-    [np.tile(list(SIGNALS.values()), 3), np.full(len(SWINGS), 0.4), [0.03], list(PATH.values())]
-)
+TOLERANCE = np.concatenate([np.tile(list(SIGNALS.values()), 3), np.full(len(SWINGS), 0.4), [0.03], list(PATH.values())])
 NAMES = (
     [f"{n} {k}" for k in ("low", "middle", "high") for n in SIGNALS]
     + [f"swings of {n}" for n in SWINGS]

@@ -157,9 +157,17 @@ def draw_act(rng: np.random.Generator, actions: Sequence[str] = ACTIONS) -> Act:
     return pick(rng, options)
 
 
-def fits(acts: Sequence[Act]) -> bool:
-    """Whether acts can follow each other: nothing follows on sitting down, and the second is another action."""
-    return len(acts) == 1 or (acts[0].action != "sit" and acts[0].action != acts[1].action)
+def paced(acts: Sequence[Act]) -> bool:
+    """Whether acts can be done slowly or fast: a single one that is no jump (gravity sets the pace of those)."""
+    return len(acts) == 1 and acts[0].action != "jump"
+
+
+def fits(script: Script) -> bool:
+    """Whether a script makes sense: nothing follows on sitting down, a second act is another action, and only what
+    can be done slowly or fast has a speed."""
+    acts = script.acts
+    apart = len(acts) == 1 or (acts[0].action != "sit" and acts[0].action != acts[1].action)
+    return apart and (script.speed == SPEEDS[0] or paced(acts))
 
 
 def draw_script(
@@ -167,13 +175,10 @@ def draw_script(
 ) -> Script:
     """A random script of a split: `two`, `style`, `speed` are the chances of a second act, of a style and of a speed
     that are not the default."""
-    acts: tuple[Act, ...] = (draw_act(rng),)
-    if rng.random() < two:
-        while not fits(acts := (draw_act(rng), draw_act(rng))):
-            pass
-    return Script(
-        acts,
-        pick(rng, STYLES[1:]) if rng.random() < style else STYLES[0],
-        pick(rng, SPEEDS[1:]) if rng.random() < speed and len(acts) == 1 else SPEEDS[0],
-        draw_jitter(rng, split),
-    )
+    while True:
+        acts = tuple(draw_act(rng) for _ in range(2 if rng.random() < two else 1))
+        looks = pick(rng, STYLES[1:]) if rng.random() < style else STYLES[0]
+        pace = pick(rng, SPEEDS[1:]) if rng.random() < speed and paced(acts) else SPEEDS[0]
+        script = Script(acts, looks, pace)
+        if fits(script):
+            return script.but(jitter=draw_jitter(rng, split))

@@ -15,7 +15,7 @@ from weft.world.motion_acts import clip_joints
 from weft.world.motion_concepts import draw_concept
 from weft.world.motion_edits import HELD_OUT_KIND, KINDS, Op, apply, propose
 from weft.world.motion_phrases import MotionSpeaker
-from weft.world.motion_scripts import SPEEDS, STYLES, TRAVELS, VARIANTS, Script, draw_act, draw_jitter, draw_script
+from weft.world.motion_scripts import TRAVELS, VARIANTS, Script, draw_act, draw_jitter, draw_script, fits
 from weft.world.motion_words import (
     AGAIN,
     BETWEEN,
@@ -169,6 +169,8 @@ def in_context(rng: Rng, speaker: MotionSpeaker, kind: str, split: str) -> Draft
     else:
         op = {"op": kind, "value": getattr(other, kind)}
     target = apply(action, [op])
+    if not fits(target):
+        return None
     as_edit = bool(rng.random() < 0.5)
     canonical = f"{kind} of 2" if as_edit else f"action of 1 ; {kind} of 2"
     frame = speaker.frame((BY_REFERENCE if as_edit else IN_CONTEXT)[kind])
@@ -244,6 +246,6 @@ TASKS: dict[str, tuple[tuple[str, ...], Maker]] = {
 }
 
 
-def fit(script: Script) -> bool:
-    """Whether a script's clip has an allowed length, and its speed and style an allowed name."""
-    return FRAMES[0] <= len(joints(script)) <= FRAMES[1] and script.style in STYLES and script.speed in SPEEDS
+def length_fits(script: Script) -> bool:
+    """Whether a script's clip has an allowed length."""
+    return FRAMES[0] <= len(joints(script)) <= FRAMES[1]

@@ -19,7 +19,7 @@ from weft.world.endless import Endless, check_choice, named_weights
 from weft.world.motion_edits import HELD_OUT_KIND
 from weft.world.motion_phrases import MotionSpeaker
 from weft.world.motion_scripts import Script
-from weft.world.motion_tasks import TASKS, Draft, Movement, fit
+from weft.world.motion_tasks import TASKS, Draft, Movement, length_fits
 from weft.world.scene import pick
 
 ALL_KINDS = tuple(dict.fromkeys(k for kinds, _ in TASKS.values() for k in kinds))
@@ -81,7 +81,7 @@ class MotionWorld(Endless):
             return None
         if self.combo == "held_out" and not draft.target.held_out:
             return None
-        return draft if all(fit(s) for s in draft.shown) else None
+        return draft if all(length_fits(s) for s in draft.shown) else None
 
 
 def records(

@@ -18,6 +18,7 @@ from scipy.ndimage import binary_dilation, gaussian_filter, uniform_filter
 
 from weft.errors import WeftError
 from weft.record import Record
+from weft.world.references import concept_of
 from weft.world.render import coverage, render_array
 from weft.world.scene import (
     BACKGROUNDS,
@@ -64,6 +65,12 @@ def scenes(record: Record) -> tuple[Scene | None, Scene, list[dict[str, Any]]]:
         raise WeftError(f"record {record.id}: the oracle judges records of the embedded world only")
     source = world["source"] and Scene.from_json(world["source"])
     return source, Scene.from_json(world["target"]), world["plan"]
+
+
+def requested_concepts(record: Record) -> dict[str, str]:
+    """Of the requests that `judge` lists, those whose value a reference picture gives: what kind of thing it gives."""
+    source, target, plan = scenes(record)
+    return {_request(op, source, target): concept_of(op) for op in plan if "ref" in op}
 
 
 def edit_mask(record: Record, grow: int = 2) -> np.ndarray:
@@ -140,7 +147,7 @@ def _requests(
     named: set[str] = set()
     if source is None:
         for thing in target.things:
-            requests[f"{thing.shape} {CELLS[thing.cell]}"] = CELLS[thing.cell] not in wrong
+            requests[_request({"cell": thing.cell}, source, target)] = CELLS[thing.cell] not in wrong
             named.add(CELLS[thing.cell])
         for name in ("background", *(k for k in GLOBALS if getattr(target, k) != GLOBALS[k][0])):
             requests[name] = name not in wrong
@@ -148,10 +155,18 @@ def _requests(
     else:
         for op in plan:
             places = {CELLS[op[k]] for k in ("cell", "to") if k in op} or {op["op"]}
-            requests[f"{op['op']} {CELLS[op['cell']]}" if "cell" in op else op["op"]] = not places & wrong
+            requests[_request(op, source, target)] = not places & wrong
             named |= places
     requests["keep"] = not (wrong - named) and (collateral is None or collateral <= COLLATERAL)
     return requests
+
+
+def _request(op: dict[str, Any], source: Scene | None, target: Scene) -> str:
+    """What a request is called: the change and its place, in a new picture the thing and its place."""
+    if "cell" not in op:
+        return str(op["op"])
+    thing = target.at(op["cell"]) if source is None else None
+    return f"{thing.shape if thing else op['op']} {CELLS[op['cell']]}"
 
 
 def _alternatives(thing: Thing) -> Iterator[tuple[str, Thing]]:

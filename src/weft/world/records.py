@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,12 +19,12 @@ from weft.errors import WeftError
 from weft.record import Part, Record, Turn, image_part, text_part
 from weft.rng import numpy_rng
 from weft.world.edits import HELD_OUT_KIND, KINDS, Op, apply, propose
+from weft.world.endless import Endless, check_choice, named_weights, split_of
 from weft.world.phrases import Speaker
-from weft.world.references import multi_edit, multi_generate
+from weft.world.references import CONCEPTS, concept_of, multi_edit, multi_generate
 from weft.world.render import RENDERER, render
 from weft.world.scene import Prior, Scene, draw_scene, pick
 
-SPLITS = ("train", "val", "test")
 WORD = r"[\w-]+|[,;:?]"
 MAX_WORDS = 38  # longer texts are said again, so that a short-context text encoder reads all of them
 SIDE = 64
@@ -46,46 +46,27 @@ class Picture:
         return f"{self.scene.digest}-r{RENDERER}-{self.height}x{self.width}"
 
 
-def split_of(scene: Scene) -> str:
-    """The split that a scene belongs to: 90 % train, 5 % val, 5 % test, by its digest."""
-    bucket = int(scene.digest[:8], 16) % 100
-    return "train" if bucket < 90 else "val" if bucket < 95 else "test"
-
-
 @dataclass(frozen=True)
-class World(Sequence[Record]):
+class World(Endless):
     """A lazy sequence of records.
 
     `tasks`: weights of generate, edit, multi_edit, multi_generate. `kinds`: weights of edit kinds (default: all
-    but the held-out one, equally). `phrasing`: "seen", "unseen" or "mixed". `combo`: "seen" (no held-out pair of
-    attributes), "held_out" (at least one in the target) or "any". `size`: pixels (height, width).
+    but the held-out one, equally). `references`: how many pictures multi_edit and multi_generate refer to, `concepts`
+    what these give ("concrete" things, "local" and "global" attributes). `phrasing`: "seen", "unseen" or "mixed".
+    `standard`: the same records in the one wording that a rewriter writes, pictures named by their number; all records
+    with references have it in `meta["standard"]`. `combo`: "seen" (no held-out pair of attributes), "held_out" (at
+    least one in the target) or "any". `size`: pixels (height, width).
     """
 
-    split: str = "train"
-    length: int = 1000
-    seed: int = 0
-    start: int = 0
     tasks: tuple[tuple[str, float], ...] = (("generate", 1.0), ("edit", 1.0))
     kinds: tuple[tuple[str, float], ...] = ()
     references: tuple[int, ...] = (1, 2, 3, 4)
+    concepts: tuple[str, ...] = CONCEPTS
     phrasing: str = "seen"
+    standard: bool = False
     combo: str = "seen"
     prior: Prior = Prior()
     size: tuple[int, int] = (SIDE, SIDE)
-
-    def __len__(self) -> int:
-        return self.length
-
-    @overload
-    def __getitem__(self, i: int) -> Record: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Record]: ...
-    def __getitem__(self, i: int | slice) -> Record | list[Record]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(self.length))]
-        if not -self.length <= i < self.length:
-            raise IndexError(i)
-        return self._make(self.start + (i if i >= 0 else i + self.length))
 
     def _make(self, index: int) -> Record:
         rng = numpy_rng(self.seed, f"world/{self.split}/{self.phrasing}/{self.combo}", index)
@@ -100,7 +81,13 @@ class World(Sequence[Record]):
             raise WeftError(f"world: no {kind} record found for combo={self.combo!r}, phrasing={self.phrasing!r}")
         source, target = draft.source, draft.target
         user: list[Part] = [] if source is None else [image_part(Picture(source, *self.size), "source")]
-        user += _weave(draft.text, [Picture(r, *self.size) for r in draft.references])
+        standard = standard_text(draft.canonical, first=0 if source is None else 1)
+        pictures = [Picture(r, *self.size) for r in draft.references]
+        if self.standard:
+            user += [image_part(picture, "reference") for picture in pictures]
+            user += [text_part(""), text_part(standard)] if user else [text_part(standard)]
+        else:
+            user += _weave(draft.text, pictures)
         world = {
             "source": source and source.to_json(),
             "target": target.to_json(),
@@ -109,12 +96,14 @@ class World(Sequence[Record]):
             "size": list(self.size),
         }
         return Record(
-            id=f"world-{self.split}-{self.seed}-{kind}-{self.phrasing}-{self.combo}-{index:07d}",
+            id=f"world-{self.split}-{self.seed}-{kind}-{self.phrasing}-{self.combo}-{index:07d}"
+            + ("-standard" if self.standard else ""),
             task=task,
             turns=[Turn("user", user), Turn("assistant", [image_part(Picture(target, *self.size), None)])],
             meta={
                 "kind": kind,
                 "canonical": draft.canonical,
+                **({"standard": standard} if pictures else {}),
                 "phrasing": "unseen" if unseen else "seen",
                 "combo": "held_out" if target.held_out else "seen",
                 "size": list(self.size),
@@ -137,7 +126,7 @@ class World(Sequence[Record]):
             made = multi_edit(rng, speaker, scene, pick(rng, self.references))
         else:
             made = multi_generate(rng, speaker, scene, pick(rng, self.references))
-        if not made:
+        if not made or any(concept_of(op) not in self.concepts for op in made[1] if "ref" in op):
             return None
         draft = _Draft(scene if from_source else None, *made)
         if split_of(draft.source or draft.target) != self.split or len(re.findall(WORD, draft.text)) > MAX_WORDS:
@@ -158,6 +147,11 @@ class _Draft:
     canonical: str
 
 
+def standard_text(canonical: str, first: int) -> str:
+    """A canonical sentence whose references are named by the number of their picture; `first` counts those before."""
+    return re.sub(r"\b(\d)\b", lambda match: f"picture {int(match[1]) + first}", canonical)
+
+
 def _weave(text: str, references: list[Picture]) -> list[Part]:
     parts: list[Part] = []
     for k, piece in enumerate(re.split(r"<(\d)>", text)):
@@ -168,14 +162,6 @@ def _weave(text: str, references: list[Picture]) -> list[Part]:
     return parts
 
 
-def _weights(given: dict[str, float] | Sequence[str], known: Sequence[str], what: str) -> tuple[tuple[str, float], ...]:
-    items = dict(given) if isinstance(given, dict) else dict.fromkeys(given, 1.0)
-    for name in items:
-        if name not in known:
-            raise WeftError(f"world: unknown {what} {name!r}; known: {', '.join(known)}")
-    return tuple(items.items())
-
-
 def records(
     split: str = "train",
     count: int = 1000,
@@ -184,17 +170,18 @@ def records(
     tasks: dict[str, float] | Sequence[str] = ("generate", "edit"),
     kinds: dict[str, float] | Sequence[str] = (),
     references: Sequence[int] = (1, 2, 3, 4),
+    concepts: Sequence[str] = CONCEPTS,
     phrasing: str = "seen",
+    standard: bool = False,
     combo: str = "seen",
     photo: float = 0.0,
     tone: float = 0.0,
     size: int | Sequence[int] = SIDE,
 ) -> World:
     """Records of the world as a lazy sequence; see `World`. Raises WeftError for unknown names."""
-    if split not in SPLITS:
-        raise WeftError(f"world: unknown split {split!r}; known: {', '.join(SPLITS)}")
-    if phrasing not in ("seen", "unseen", "mixed") or combo not in ("seen", "held_out", "any"):
-        raise WeftError("world: phrasing is seen, unseen or mixed; combo is seen, held_out or any")
+    check_choice(split, phrasing, combo)
+    if not concepts or not set(concepts) <= set(CONCEPTS):
+        raise WeftError(f"world: concepts are some of {', '.join(CONCEPTS)}, not {list(concepts)}")
     if not references or not all(1 <= r <= 4 for r in references):
         raise WeftError(f"world: references are 1 to 4 pictures, not {list(references)}")
     known = ("generate", "edit", "multi_edit", "multi_generate")
@@ -204,10 +191,12 @@ def records(
         length=count,
         seed=seed,
         start=start,
-        tasks=_weights(tasks, known, "task"),
-        kinds=_weights(kinds, KINDS, "edit kind"),
+        tasks=named_weights(tasks, known, "task"),
+        kinds=named_weights(kinds, KINDS, "edit kind"),
         references=tuple(references),
+        concepts=tuple(concepts),
         phrasing=phrasing,
+        standard=standard,
         combo=combo,
         prior=replace(Prior(), photo=photo, tone=tone),
         size=(int(height), int(width)),

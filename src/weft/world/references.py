@@ -30,6 +30,12 @@ Rng = np.random.Generator
 GLOBAL = {"style": STYLES, "light": LIGHTS, "tone": TONES}
 LOCAL = {"recolour": ("colour", COLOURS), "repattern": ("pattern", PATTERNS), "reshape": ("shape", SHAPES)}
 DEFAULT = {"style": "flat", "light": "even", "tone": "neutral"}
+CONCEPTS = ("concrete", "local", "global")
+
+
+def concept_of(op: Op) -> str:
+    """What a reference gives: a concrete thing, a local attribute of one, or a global one of the picture."""
+    return "global" if op["op"] in GLOBAL else "local" if op["op"] in LOCAL else "concrete"
 
 
 def solo(rng: Rng, thing: Thing) -> Scene:
