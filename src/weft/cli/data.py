@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
 
-from weft.cli.options import File, check_file, check_folder
+from weft.cli.motion import MotionFiles
+from weft.cli.options import MOVEMENTS, File, check_file, check_folder, refuse
 from weft.errors import WeftError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Check:
-    """Read every record and every picture, and name what is wrong. Exit status 1 if anything is."""
+    """Read every record, picture and movement, and name what is wrong. Exit status 1 if anything is."""
 
     path: Positional[Path]
     """A JSONL file of records."""
@@ -67,13 +68,14 @@ class Show:
 
 @dataclass
 class Convert:
-    """Write any source as weft's own records: one JSONL file with the pictures beside it."""
+    """Write any source as weft's own records: one JSONL file with the media beside it. With another suffix of -o, or
+    --to, motion files become other motion files."""
 
     source: Positional[Path]
-    """What to read: a JSONL file, a folder of pairs, parquet files, webdataset shards."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE.jsonl")]
-    """The records file to write; pictures go into the folder beside it."""
-    kind: Literal["jsonl", "folder", "parquet", "webdataset"] = "jsonl"
+    """What to read: a JSONL file, a folder of pairs, parquet files, webdataset shards, motion files."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE.jsonl|FILE|FOLDER")]
+    """The records file to write (media go into the folder beside it), or the motion file or folder."""
+    kind: Literal["jsonl", "folder", "parquet", "webdataset", "motion", "humanml3d"] = "jsonl"
     """The source's kind."""
     map: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[FIELD=COLUMN ...]")] = ()
     """Which column of the source holds which field, as instruction=prompt."""
@@ -86,13 +88,22 @@ class Convert:
     limit: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
     """Stop after so many records."""
     media: Literal["copy", "keep"] = "copy"
-    """copy: pictures travel with the records; keep: refer to them where they lie."""
+    """copy: media travel with the records; keep: refer to them where they lie."""
+
+    motion: OmitArgPrefixes[MotionFiles] = field(default_factory=MotionFiles)
 
     def run(self) -> int:
         if not self.source.exists():
             raise WeftError(f"source {self.source} does not exist")
+        if self.motion.to is not None or self.out.suffix.lower() in MOVEMENTS:
+            refuse(self, ("source", "out", "motion"), "for motion files")
+            return self.motion.run(self.source, self.out)
         if self.out.suffix != ".jsonl":
-            raise WeftError(f"{self.out}: records are written as .jsonl; name such a file with -o")
+            raise WeftError(
+                f"{self.out}: records are written as .jsonl, movements as {', '.join(MOVEMENTS)} or with --to into a "
+                "folder; name such a file with -o"
+            )
+        refuse(self.motion, (), "for records; give such options to --kind motion with --option")
         check_folder(self.out.parent)
         from weft.data.sources import SourceConfig, load_source
         from weft.record import write_records
@@ -107,6 +118,8 @@ class Convert:
         )
         records = load_source(config)
         write_records(self.out, records, media=self.media)
+        for fault in getattr(records, "faults", []):
+            print(f"left out: {fault}", file=sys.stderr)
         print(self.out)
         print(f"{len(records)} records", file=sys.stderr)
         return 0

@@ -1,4 +1,4 @@
-"""What of a data set can be used: every row and every picture read once, faults by name."""
+"""What of a data set can be used: every row, picture and movement read once, faults by name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from weft.data.sources import MAX_FAULTS, SourceConfig, read_source, refuse_faults
 from weft.errors import WeftError
+from weft.motion import Motion, load_part
 from weft.record import Record
 
 
@@ -24,6 +25,9 @@ class Report:
     tasks: Counter[str] = field(default_factory=Counter)
     references: Counter[int] = field(default_factory=Counter)  # references of a record -> records
     pictures: int = 0
+    movements: int = 0
+    seconds: float = 0.0  # of all movements
+    skeletons: Counter[str] = field(default_factory=Counter)
     without_target: int = 0
     aspect_changes: int = 0  # source and target differ in aspect by over 2 %: the edit cannot be aligned
 
@@ -41,6 +45,9 @@ class Report:
             lines.append("tasks: " + ", ".join(f"{task} {n}" for task, n in sorted(self.tasks.items())))
             lines.append("references: " + ", ".join(f"{k} in {n}" for k, n in sorted(self.references.items())))
             lines.append(f"pictures: {self.pictures}")
+        if self.movements:
+            kinds = ", ".join(f"{name} {n}" for name, n in sorted(self.skeletons.items()))
+            lines.append(f"movements: {self.movements}, {self.seconds:.1f} s in all ({kinds})")
         if self.without_target:
             lines.append(f"without a target (prompts only): {self.without_target}")
         if self.aspect_changes:
@@ -59,7 +66,7 @@ def _reason(fault: str) -> str:
 
 
 def check_records(source: str | Path | SourceConfig) -> Report:
-    """Read a JSONL file of records, or any source of files, with all pictures. Bad rows are reported, never raised."""
+    """Read a JSONL file of records, or any source of files, with all pictures and movements. Bad rows are reported, never raised."""
     config = source if isinstance(source, SourceConfig) else SourceConfig("jsonl", str(source))
     found = read_source(config)
     report = Report(config.path, rows=found.rows, faults=list(found.faults))
@@ -70,7 +77,7 @@ def check_records(source: str | Path | SourceConfig) -> Report:
 def usable_records(
     records: Sequence[Record], *, max_faults: float = MAX_FAULTS, name: str = "data"
 ) -> tuple[list[Record], Report]:
-    """The records whose pictures can all be read, and the report on the others.
+    """The records whose pictures and movements can all be read, and the report on the others.
 
     Raises `WeftError` if more than `max_faults` (a share) of the records are bad.
     """
@@ -84,7 +91,7 @@ def _look(records: Sequence[Record], report: Report) -> list[Record]:
     used = []
     for record in records:
         try:
-            sizes = _sizes(record)
+            sizes, movements = _sizes(record), _movements(record)
         except WeftError as error:
             report.faults.append(f"record {record.id}: {error}")
             continue
@@ -93,6 +100,9 @@ def _look(records: Sequence[Record], report: Report) -> list[Record]:
         report.tasks[record.task] += 1
         report.references[len(record.references)] += 1
         report.pictures += len(sizes)
+        report.movements += len(movements)
+        report.seconds += sum(motion.seconds for motion in movements)
+        report.skeletons.update(motion.layout.name for motion in movements)
         source, target = record.source, record.target
         if target is None and not any(t.role == "assistant" for t in record.turns):
             report.without_target += 1
@@ -106,3 +116,9 @@ def _sizes(record: Record) -> dict[int, tuple[int, int]]:
     """(width, height) of every picture, decoded in full: a cut file shows its fault only then."""
     pictures = [part for turn in record.turns for part in turn.parts if part.type == "image"]
     return {id(part): part.load(record.root).size for part in pictures}
+
+
+def _movements(record: Record) -> list[Motion]:
+    """Every movement, read in full."""
+    parts = [part for turn in record.turns for part in turn.parts if part.type == "motion"]
+    return [load_part(part, record.root, fps=None) for part in parts]

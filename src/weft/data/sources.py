@@ -9,7 +9,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -25,6 +25,8 @@ _OPTIONS = {
     "folder": ("max_faults", "target", "source", "references", "mask", "captions"),
     "parquet": ("max_faults",),
     "webdataset": ("max_faults",),
+    "motion": ("max_faults", "captions", "window", "hop", "least", "fps", "skeleton", "unit", "up"),
+    "humanml3d": ("max_faults", "split", "least", "most"),
 }
 
 
@@ -33,13 +35,15 @@ class SourceConfig:
     """Where records come from.
 
     `kind`: `jsonl` (weft's records, or any rows: `.jsonl`, `.json`), `folder` (pictures by stem), `parquet` and
-    `webdataset` (a file, a folder of them, or a glob pattern), `python` (`path` is `file.py:function` or
+    `webdataset` (a file, a folder of them, or a glob pattern), `motion` (motion files with captions), `humanml3d` (a
+    folder in HumanML3D's layout), `python` (`path` is `file.py:function` or
     `package.module:function`, called with `options` as keywords, returning a sequence of records).
 
     `map` names the column of each field (`weft.data.columns`), `limit` takes the first so many rows, `task` overrides
     the task. Options: `max_faults` (share of bad rows that is skipped, default 0.02); jsonl: `root` (the folder of
     the media, relative to the file), `downloads` (the folder below it where the files of URLs lie, by their last
-    name); folder: `target`, `source`, `references`, `mask`, `captions` (folders).
+    name); folder: `target`, `source`, `references`, `mask`, `captions` (folders); motion: those of
+    `weft.motion.convert.motion_records` and `Reading`; humanml3d: those of `weft.motion.files.humanml3d.records`.
     """
 
     kind: str
@@ -110,6 +114,11 @@ def read_source(config: SourceConfig) -> Source:
             raise WeftError(f"map: {path} is a folder of pictures, which has no columns: remove the map")
         found = folder_records(path, config.options, config.task, faults)
         return Source(list(itertools.islice(found, config.limit)), faults)
+    if config.kind in ("motion", "humanml3d"):
+        if config.map:
+            raise WeftError(f"map: {path} holds movements, which have no columns: remove the map")
+        found = itertools.islice(_movements(config, faults), config.limit)
+        return Source([replace(record, task=config.task or record.task) for record in found], faults)
     if config.kind == "jsonl":
         root = path.parent / relative_path(str(config.options.get("root", ".")), "root")
         rows, media = _json_rows(path, config.options.get("downloads")), root
@@ -226,6 +235,40 @@ def _row(item: Any, downloads: str | None) -> Row | WeftError:
 
 def _is_url(value: Any) -> bool:
     return isinstance(value, str) and value.startswith(("http://", "https://"))
+
+
+# -- movements --
+
+
+def _movements(config: SourceConfig, faults: list[str]) -> Iterator[Record]:
+    from weft.motion.captions import Captions
+    from weft.motion.convert import Reading, motion_records, read_table
+    from weft.motion.files.humanml3d import records
+
+    options = {key: value for key, value in config.options.items() if key != "max_faults"}
+    numbers = {
+        key: _number(key, options.pop(key)) for key in ("window", "hop", "least", "most", "fps") if key in options
+    }
+    if config.kind == "humanml3d":
+        frames = {key: int(value) for key, value in numbers.items()}
+        made = records(config.path, str(options.get("split", "train")), limit=config.limit, **frames)
+        faults += sorted({fault for record in made for fault in record.meta.get("faults", ())})
+        return iter(made)
+    reading = Reading(
+        fps=numbers.pop("fps", None), table=read_table(str(options.get("skeleton", "auto"))),
+        unit=options.get("unit"), up=options.get("up"),
+    )  # fmt: skip
+    return motion_records(config.path, reading, faults, captions=Captions(options.get("captions")), **numbers)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 < number < 1e9:
+        raise WeftError(f"{name}: {value!r} is not a number above 0")
+    return number
 
 
 # -- Python --

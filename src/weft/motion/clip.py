@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from weft.errors import WeftError
-from weft.motion.features import extract, place
+from weft.motion.features import extract, place, retarget
 from weft.motion.recover import recover
 from weft.motion.skeleton import HUMANML3D, Layout, layout_of
 
@@ -90,6 +90,10 @@ class Motion:
     def placed(self) -> Motion:
         """On the floor, from the origin, facing +z at first."""
         return replace(self, joints=np.asarray(place(self.joints, layout=self.layout)))
+
+    def retargeted(self) -> Motion:
+        """On the layout's reference skeleton; see `weft.motion.features.retarget`."""
+        return replace(self, joints=np.asarray(retarget(self.joints, layout=self.layout)))
 
 
 def from_features(

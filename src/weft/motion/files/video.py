@@ -14,7 +14,7 @@ import numpy as np
 from weft.errors import WeftError
 from weft.media import atomic_write
 from weft.motion.clip import Motion
-from weft.motion.render import Camera, render_frames
+from weft.motion.render import Camera, iter_frames, render_frames
 
 
 def write_gif(
@@ -24,23 +24,26 @@ def write_gif(
     size: int | tuple[int, int] = 256,
     camera: Camera | None = None,
     fps: float = 20.0,
-    follow: bool = False,
+    follow: bool | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> None:
     """An endless GIF, one palette for all frames; `metadata` is its comment.
 
     GIF counts in hundredths of a second: 20, 25 and 50 fps are exact.
     """
-    frames = render_frames(motion, size=size, camera=camera, fps=fps, follow=follow)
-    sample = frames[:: max(len(frames) // 6, 1)][:6]
-    sheet = np.concatenate([np.asarray(f) for f in sample])
     from PIL import Image
 
-    palette = Image.fromarray(sheet).quantize(128, method=Image.Quantize.MEDIANCUT)
-    reduced = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
+    clips = [motion] if isinstance(motion, Motion) else list(motion)
+    count = max((len(c.resample(fps)) for c in clips), default=0)
+    few = sorted({round(k) for k in np.linspace(0, max(count - 1, 0), 6)})
+    look = render_frames(clips, size=size, camera=camera, fps=fps, follow=follow, frames=few)
+    sheet = Image.fromarray(np.concatenate([np.asarray(f) for f in look]))
+    palette = sheet.quantize(192, method=Image.Quantize.MEDIANCUT)
+    frames = iter_frames(clips, size=size, camera=camera, fps=fps, follow=follow)
+    reduced = (f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames)
     with atomic_write(path) as handle:
-        reduced[0].save(
-            handle, format="GIF", save_all=True, append_images=reduced[1:], loop=0, duration=round(1000 / fps),
+        next(reduced).save(
+            handle, format="GIF", save_all=True, append_images=reduced, loop=0, duration=round(1000 / fps),
             **({"comment": json.dumps(metadata).encode()} if metadata else {}),
         )  # fmt: skip
 
@@ -52,7 +55,7 @@ def write_mp4(
     size: int | tuple[int, int] = 384,
     camera: Camera | None = None,
     fps: float = 20.0,
-    follow: bool = False,
+    follow: bool | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> None:
     """H.264 in MP4 by ffmpeg (extra `motion`; IMAGEIO_FFMPEG_EXE names your own). Sizes must be even.
@@ -66,7 +69,7 @@ def write_mp4(
     height, width = (size, size) if isinstance(size, int) else size
     if height % 2 or width % 2:
         raise WeftError(f"size {height}x{width}: H.264 needs even numbers")
-    frames = render_frames(motion, size=size, camera=camera, fps=fps, follow=follow)
+    frames = iter_frames(motion, size=size, camera=camera, fps=fps, follow=follow)
     with tempfile.TemporaryDirectory() as folder:
         made = os.path.join(folder, "clip.mp4")
         facts = ["-metadata", f"comment={json.dumps(metadata)}"] if metadata else []

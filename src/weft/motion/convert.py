@@ -1,0 +1,278 @@
+"""Motion files to other formats, to folders of features, and to records: whatever can be read, one file or many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from weft.errors import WeftError
+from weft.motion.captions import Captions
+from weft.motion.clip import Motion
+from weft.motion.features import extract
+from weft.motion.feet import pin_feet
+from weft.motion.files import READS, read_motion, write_motion
+from weft.motion.recover import recover
+from weft.motion.rig import TABLES, Table
+from weft.motion.skeleton import HUMANML3D
+from weft.motion.stats import dataset_stats
+from weft.record import Record, Turn, motion_part, text_part
+
+if TYPE_CHECKING:
+    from weft.motion.files.amass import Body
+
+FORMATS = ("bvh", "glb", "npz", "npy", "gif", "mp4", "features")
+
+
+@dataclass(slots=True)
+class Reading:
+    """How files are read (`weft.motion.read_motion`) and what is done to every clip.
+
+    `fps` resamples, `table` maps a foreign skeleton, `place` puts clips on the floor at the origin facing +z,
+    `retarget` on the reference skeleton, `pin` holds feet in contact still (`weft.motion.feet.pin_feet`).
+    """
+
+    fps: float | None = None
+    table: str | Table = "auto"
+    unit: str | None = None
+    up: str | None = None
+    bodies: dict[str, Body] | Body | None = None
+    place: bool = False
+    retarget: bool = False
+    pin: bool = False
+
+    def read(self, path: Path) -> Motion:
+        """The clip of a file. Raises `WeftError` by the file's name."""
+        motion = read_motion(path, fps=self.fps, table=self.table, unit=self.unit, up=self.up, bodies=self.bodies)
+        try:
+            if self.retarget:
+                motion = motion.retargeted()
+            if self.place:
+                motion = motion.placed()
+            return pin_feet(motion) if self.pin else motion
+        except WeftError as error:
+            raise WeftError(f"{path}: {error}") from error
+
+
+@dataclass(slots=True)
+class Converted:
+    """Files written, and by name what could not be read."""
+
+    written: list[Path] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+def motion_files(source: str | Path) -> list[Path]:
+    """The motion files of a path: itself, or those below a folder. Raises `WeftError` if there is none."""
+    source = Path(source)
+    if source.is_file():
+        return [source]
+    found = sorted(p for p in source.rglob("*") if p.suffix.lower() in READS and p.is_file())
+    if not found:
+        raise WeftError(f"{source}: no motion file ({', '.join(READS)}) there: check the path")
+    return found
+
+
+def read_table(text: str) -> str | Table:
+    """A skeleton by name, or the table of a .json or .yaml file: our joint to theirs, or to [one, other, share].
+
+    Raises `WeftError` for another name, or a file that is no such table.
+    """
+    if text == "auto" or text in TABLES:
+        return text
+    path = Path(text)
+    if not path.is_file():
+        raise WeftError(f"skeleton '{text}' is unknown: use auto, {', '.join(TABLES)}, or a .json file of your own")
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text("utf-8"))  # JSON is YAML
+        return {str(ours): place if isinstance(place, str) else (str(place[0]), str(place[1]), float(place[2]))
+                for ours, place in found.items()}  # fmt: skip
+    except Exception as error:
+        raise WeftError(
+            f'{path}: no table ({error}): write {{"pelvis": "Hips", "neck": ["Chest", "Head", 0.5]}}'
+        ) from error
+
+
+def convert_files(
+    source: str | Path,
+    out: str | Path,
+    to: str,
+    reading: Reading,
+    *,
+    heading: str = "humanml3d",
+    exact: bool = False,
+    size: int | None = None,
+) -> Converted:
+    """Every motion file below `source` as `to` (`FORMATS`), in the same folders below `out`; one file to one file.
+
+    "features" are [T-1, 263] as .npy with `heading`; `exact` gives BVH and GLB translations for bones that change
+    length; `size` is the edge of pictures. Files that cannot be read are faults and do not stop the others.
+    Raises `WeftError` for an unknown format, an option that does nothing there, or two files of one name.
+    """
+    source, out = Path(source), Path(out)
+    if to not in FORMATS:
+        raise WeftError(f"to: '{to}' is unknown, use one of {', '.join(FORMATS)}")
+    if exact and to not in ("bvh", "glb"):
+        raise WeftError(f"exact does nothing for {to}: leave it out")
+    if size is not None and to not in ("gif", "mp4"):
+        raise WeftError(f"size does nothing for {to}: leave it out")
+    options = {"exact": True} if exact else {"size": size} if size is not None else {}
+    files = motion_files(source)
+    suffix = ".npy" if to == "features" else f".{to}"
+    single = source.is_file()
+    places = [out if single else (out / f.relative_to(source)).with_suffix(suffix) for f in files]
+    if len(set(places)) != len(places):
+        twice = next(p for p in places if places.count(p) > 1)
+        raise WeftError(f"two files would be written as {twice}: convert their folders one by one")
+    done = Converted()
+    for file, place in zip(files, places, strict=True):
+        try:
+            motion = reading.read(file)
+            if to == "features":
+                place.parent.mkdir(parents=True, exist_ok=True)
+                features = _features(motion, heading, file)
+                write_array(features, place)
+            else:
+                write_motion(motion, place, **options)
+            done.written.append(place)
+        except WeftError as error:
+            if single:
+                raise
+            done.faults.append(_named(error, file))
+    return done
+
+
+def write_array(array: np.ndarray, path: Path) -> None:
+    """One .npy, atomically."""
+    from weft.media import atomic_write
+
+    with atomic_write(path) as handle:
+        np.save(handle, array, allow_pickle=False)
+
+
+def feature_folder(
+    source: str | Path,
+    out: str | Path,
+    reading: Reading,
+    *,
+    captions: Captions | None = None,
+    heading: str = "humanml3d",
+    mirror: bool = True,
+) -> Converted:
+    """Any motion files as a folder in HumanML3D's layout, which this and the public loaders read.
+
+    new_joint_vecs/ID.npy (features), new_joints/ID.npy, Mean.npy, Std.npy, all.txt, and texts/ID.txt for clips with
+    captions. The id is the file's path with "_" between folders; `mirror` adds M + id, captions mirrored. Tokens have
+    the tag OTHER: the public loaders need one, and the parts of speech are spaCy's.
+    Raises `WeftError` if no clip could be made.
+    """
+    from weft.motion.clip import mirror_text
+
+    source, out = Path(source), Path(out)
+    texts = captions or Captions()
+    done, names = Converted(), []
+    for file in motion_files(source):
+        plain = "_".join((file.relative_to(source) if source.is_dir() else Path(file.name)).with_suffix("").parts)
+        try:
+            motion = reading.read(file).resample(HUMANML3D.fps)
+            said, faults = texts.of(file)
+            done.faults += [f"{file}: {fault}" for fault in faults]
+            for name, clip in ((plain, motion), (f"M{plain}", motion.mirror()))[: 2 if mirror else 1]:
+                features = _features(clip, heading, file)
+                for folder, array in (("new_joint_vecs", features), ("new_joints", recover(features))):
+                    write_array(np.asarray(array), out / folder / f"{name}.npy")
+                lines = [c.text if name == plain else mirror_text(c.text) for c in said]
+                if lines:
+                    (out / "texts").mkdir(parents=True, exist_ok=True)
+                    (out / "texts" / f"{name}.txt").write_text("".join(map(_line, lines)), encoding="utf-8")
+                names.append(name)
+                done.written.append(out / "new_joint_vecs" / f"{name}.npy")
+        except WeftError as error:
+            done.faults.append(_named(error, file))
+    if not names:
+        raise WeftError(f"{source}: no clip could be made; the first: {done.faults[0]}")
+    stats = dataset_stats(np.load(path, allow_pickle=False) for path in done.written)
+    write_array(stats.mean, out / "Mean.npy")
+    write_array(stats.std, out / "Std.npy")
+    (out / "all.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    return done
+
+
+def _line(caption: str) -> str:
+    plain = caption.replace("#", " ")
+    words = [w for w in "".join(c if c.isalpha() else " " for c in plain.lower()).split()] or ["unk"]
+    return f"{plain}#{' '.join(f'{w}/OTHER' for w in words)}#0.0#0.0\n"
+
+
+def _features(motion: Motion, heading: str, file: Path) -> np.ndarray:
+    try:
+        return np.asarray(extract(motion.resample(HUMANML3D.fps).joints, layout=motion.layout, heading=heading))
+    except WeftError as error:
+        raise WeftError(f"{file}: {error}") from error
+
+
+def motion_records(
+    source: str | Path,
+    reading: Reading,
+    faults: list[str],
+    *,
+    captions: Captions | None = None,
+    window: float | None = None,
+    hop: float | None = None,
+    least: float = 1.0,
+) -> Iterator[Record]:
+    """Text-to-motion records of motion files with captions, one per caption and window; the clip is in memory.
+
+    `window` cuts clips into pieces of so many seconds every `hop` seconds (the window by default), since a caption
+    of a long take holds for its parts; pieces and clips shorter than `least` seconds are left out. A caption with
+    times has its own piece. Files that cannot be read, and those without a caption, are noted in `faults`.
+    """
+    texts = captions or Captions()
+    root = Path(source)
+    for file in motion_files(root):
+        name = "_".join((file.relative_to(root) if root.is_dir() else Path(file.name)).with_suffix("").parts)
+        try:
+            motion = reading.read(file)
+            said, wrong = texts.of(file)
+        except WeftError as error:
+            faults.append(_named(error, file))
+            continue
+        faults += [f"{file}: {line}" for line in wrong]
+        if not said:
+            faults.append(f"{file}: no caption: give captions=FOLDER or FILE.csv, or a .txt beside it")
+            continue
+        made = 0
+        for k, caption in enumerate(said):
+            for start, stop in _pieces(motion, caption.start, caption.stop, window, hop, least):
+                clip = replace(motion.crop(start, stop), meta={"file": file.name, "frames": [start, stop]})
+                meta = {"clip": name, "caption": caption.text, "frames": [start, stop], "fps": clip.fps}
+                turns = [Turn("user", [text_part(caption.text)]), Turn("assistant", [motion_part(clip)])]
+                yield Record(f"{name}-{k}-{start}", "generate", turns, meta)
+                made += 1
+        if not made:
+            faults.append(f"{file}: {motion.seconds:.1f} s, shorter than {least:g} s")
+
+
+def _pieces(
+    motion: Motion, start: float | None, stop: float | None, window: float | None, hop: float | None, least: float
+) -> Iterator[tuple[int, int]]:
+    """Frames (first, last + 1) of the pieces of a clip."""
+    first = 0 if start is None else int(start * motion.fps)
+    last = len(motion) if stop is None else min(int(stop * motion.fps), len(motion))
+    shortest = max(2, round(least * motion.fps))
+    size = last - first if window is None else max(2, round(window * motion.fps))
+    step = size if hop is None else max(1, round(hop * motion.fps))
+    for at in range(first, max(last - shortest, first) + 1, max(step, 1)):
+        if min(at + size, last) - at >= shortest:
+            yield at, min(at + size, last)
+        if at + size >= last:
+            return
+
+
+def _named(error: WeftError, file: Path) -> str:
+    return str(error) if str(file) in str(error) else f"{file}: {error}"
