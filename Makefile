@@ -42,11 +42,14 @@ $(STAMP): pyproject.toml constraints.txt
 tour: venv
 	$(VENV)/bin/weft tour $(TOUR_ARGS)
 
+# One worker a core, one thread a worker; a file stays with its worker, so that its fixtures are made once.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: venv
-	$(VENV)/bin/python -m pytest $(TEST_ARGS)
+	$(PYTEST) $(TEST_ARGS)
 
 test-all: venv
-	$(VENV)/bin/python -m pytest -m '' $(TEST_ARGS)
+	$(PYTEST) -m '' $(TEST_ARGS)
 
 lint: venv
 	$(VENV)/bin/ruff check .
