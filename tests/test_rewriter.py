@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,11 +14,14 @@ from golden.make_unipic2 import picture
 from tiny_metaquery import tiny_qwen_folder
 from weft.errors import WeftError
 from weft.models.rewriter import (
+    FIELDS,
+    Form,
     Rewriter,
     open_rewriter,
     open_vlm,
     parse,
     question,
+    split_standard,
     standard,
     stretch_to_format,
     with_instruction,
@@ -23,7 +29,8 @@ from weft.models.rewriter import (
 from weft.models.rewriter_training import RewriterTrainable, standardised
 from weft.record import make_record, weave, write_records
 from weft.types import Draw, Trainable
-from weft.vlm.ask import Reply
+from weft.vlm.ask import Ask, Reply, ask_key
+from weft.vlm.structured import read_fields, write_fields
 
 
 class Fake:
@@ -120,6 +127,90 @@ def test_a_failure_is_never_a_text(fake, message):
         Rewriter(fake).rewrite([edit()])
 
 
+# -- structured answers
+
+
+class Handler(BaseHTTPRequestHandler):
+    """An OpenAI-compatible server: keeps what it is asked and answers with the next of `answers`."""
+
+    asked: ClassVar[list[dict]] = []
+    answers: ClassVar[list[str]] = []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body)
+        token = {"token": "x", "logprob": -0.1, "top_logprobs": []}
+        content = {"message": {"content": self.answers.pop(0)}, "logprobs": {"content": [token]}}
+        reply = json.dumps({"choices": [content]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    Handler.asked, Handler.answers = [], []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}/v1"
+        httpd.shutdown()
+        thread.join()
+
+
+def test_a_server_is_asked_for_the_form_and_held_to_it(server):
+    rewriter = open_rewriter(server, model="m", structured=True)
+    Handler.answers[:] = ['{"caption": "a red star", "instruction": "make it red"}']
+    (out,) = rewriter.rewrite([edit()])
+    assert out.instruction == "[instruction]: make it red, [caption]: a red star"
+    wanted = Handler.asked[0]["response_format"]["json_schema"]
+    assert wanted["strict"] and wanted["schema"]["required"] == ["instruction", "caption"]
+    assert wanted["schema"]["additionalProperties"] is False
+    Handler.answers[:] = ['{"caption": "a star"}']
+    (out,) = rewriter.rewrite([make_record("a star", references=[picture(32, 32)])])
+    assert out.instruction == "a star"
+    assert list(Handler.asked[1]["response_format"]["json_schema"]["schema"]["properties"]) == ["caption"]
+    for answer in ("<gen> do it </gen>", '{"instruction": 3, "caption": ""}', '{"instruction": "no caption"}'):
+        Handler.answers[:] = [answer]
+        with pytest.raises(WeftError, match="did not keep to the form"):
+            rewriter.rewrite([edit()])
+    Handler.answers[:] = ["<gen> do it </gen>"]
+    (out,) = open_rewriter(server, model="m").rewrite([edit()])  # not structured: no form is asked for
+    assert out.instruction == "do it" and "response_format" not in Handler.asked[-1]
+
+
+def test_in_process_every_answer_is_the_object(folder):
+    vlm = open_vlm(folder, device="cpu")
+    tokenizer = vlm.processor.tokenizer
+    fixed = len(write_fields(tokenizer, {"instruction": "x", "caption": "x"})) + 1
+    for room, temperature in ((fixed, 0.0), (fixed + 3, 1.0), (fixed + 60, 1.5)):
+        how = Ask(max_tokens=room, fields=("instruction", "caption"), temperature=temperature)
+        for reply in vlm.ask([question(edit(), "none"), question(edit("b"), "none")], how):
+            found = read_fields(reply.text, how.fields)
+            assert all(found.values()) and len(reply.tokens) <= room and reply.tokens[-1].text == "<|im_end|>"
+    with pytest.raises(WeftError, match=f"max_tokens is {fixed - 1}"):
+        vlm.ask([question(edit(), "none")], Ask(max_tokens=fixed - 1, fields=("instruction", "caption")))
+    (out,) = Rewriter(vlm, form=Form("none", True), max_tokens=80).rewrite([edit()])
+    assert out.instruction.startswith("[instruction]: ") and ", [caption]: " in out.instruction
+
+
+def test_forms_are_checked():
+    assert split_standard("[instruction]: a, b, [caption]: c", FIELDS) == {"instruction": "a, b", "caption": "c"}
+    assert split_standard("a ; b", ("instruction",)) == {"instruction": "a ; b"}
+    with pytest.raises(WeftError, match="does not have the fields instruction, caption"):
+        split_standard("a ; b", FIELDS)
+    with pytest.raises(WeftError, match="edit_fields are some of"):
+        Form(edit_fields=("text",))
+    with pytest.raises(WeftError, match="leave one out"):
+        Rewriter(Fake(), strict_slice=True, form=Form(structured=True))
+    question_ = question(edit(), "none")
+    assert ask_key("m", question_, Ask()) != ask_key("m", question_, Ask(fields=("caption",)))
+
+
 def test_options_and_places_are_checked(tmp_path):
     with pytest.raises(WeftError, match="choose off, on, several"):
         Rewriter(Fake(), when="maybe")
@@ -192,6 +283,21 @@ def test_training_teaches_it_and_the_export_rewrites(folder, tmp_path):
     taught = standardised(str(path))
     assert [record.instruction for record in taught] == [record.instruction for record in out]
     assert len(taught[1].inputs) == 2
+
+
+def test_a_form_is_trained_and_kept(folder, tmp_path):
+    from weft.train import run
+
+    path = tmp_path / "records.jsonl"
+    write_records(path, records())
+    tree = recipe(folder, tmp_path / "run", path)
+    tree["trainable_args"] = {"fit": "none", "structured": True, "edit_fields": ["instruction"]}
+    result = run(tree, say=lambda line: None)
+    rewriter = open_rewriter(result.export, max_tokens=60, device="cpu")
+    assert rewriter.form == Form("none", True, ("instruction",))
+    assert [r.instruction for r in rewriter.rewrite(records())] == ["a red star in a blue ring", "make the star red"]
+    reply = rewriter.vlm.ask([question(records()[1], "none")], Ask(max_tokens=60))[0].text
+    assert reply == '{"instruction": "make the star red"}'  # and without the constraint
 
 
 def test_lora_and_the_frozen_vision_tower(folder, tmp_path):

@@ -11,20 +11,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.errors import WeftError
 from weft.models.image.flux_kontext import KONTEXT_FORMATS
+from weft.models.weights import read_json
 from weft.record import Record, Turn, image_part, text_part
-from weft.vlm.ask import VLM, Ask, Question
+from weft.vlm.ask import VLM, Ask, Question, Reply
+from weft.vlm.structured import read_fields
 
 if TYPE_CHECKING:
     from PIL import Image
 
 EDITING, GENERATION = " It is editing task.", " It is generation task."
 WHEN = ("off", "on", "several")
+FIELDS = ("instruction", "caption")
+PAIR = re.compile(r"\[instruction\]: (.*), \[caption\]: (.*)", re.DOTALL)
 TAG = re.compile(r"<\s*(\w+)\s*>(.*?)(?:<\s*/\s*\1\s*>|\Z)", re.DOTALL)
 
 
@@ -55,10 +59,43 @@ def standard(instruction: str, caption: str) -> str:
     return f"[instruction]: {instruction}, [caption]: {caption}" if instruction and caption else instruction or caption
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a rewriter answers, and is trained to: a folder keeps it in its `weft.json` under `rewriter`.
+
+    `fit`: "kontext" stretches the pictures it sees to their FLUX Kontext formats, as DreamOmni2's release does; "none"
+    leaves them. `structured`: it writes a JSON object, `edit_fields` of an edit and `caption` of a generation, enforced
+    by the back-end; otherwise free text inside a pair of tags, read by `parse`.
+    """
+
+    fit: str = "kontext"
+    structured: bool = False
+    edit_fields: tuple[str, ...] = FIELDS
+
+    def __post_init__(self) -> None:
+        if self.fit not in ("kontext", "none"):
+            raise WeftError(f"rewriter: fit {self.fit!r} is unknown; choose kontext or none")
+        if not self.edit_fields or not set(self.edit_fields) <= set(FIELDS):
+            raise WeftError(f"rewriter: edit_fields are some of {', '.join(FIELDS)}, not {list(self.edit_fields)}")
+
+    def fields(self, record: Record) -> tuple[str, ...]:
+        """The fields of a structured answer about this record."""
+        return ("caption",) if record.source is None else self.edit_fields
+
+
+def split_standard(text: str, fields: Sequence[str]) -> dict[str, str]:
+    """The `fields` of a standardised text, the inverse of `standard`. Raises WeftError if it has others."""
+    match = PAIR.fullmatch(text.strip())
+    found = {"instruction": match[1], "caption": match[2]} if match else {fields[0]: text.strip()}
+    if set(found) != set(fields):
+        raise WeftError(f"the standardised text {text[:60]!r} does not have the fields {', '.join(fields)}")
+    return {name: found[name] for name in fields}
+
+
 def question(record: Record, fit: str = "kontext") -> Question:
     """What the VLM is asked: all pictures in order, then the instruction and the task's suffix, in one user turn.
 
-    `fit`: "kontext" stretches each picture to its FLUX Kontext format, as the release does; "none" leaves it.
+    `fit`: see `Form`.
     """
     text = record.instruction_as("image {k}") + (GENERATION if record.source is None else EDITING)
     pictures = [record.load(part) for part in record.inputs]
@@ -87,16 +124,23 @@ def with_instruction(record: Record, text: str) -> Record:
 
 class Rewriter:
     """Rewrites records with a VLM. `when`: "on", "off", or "several": only requests with two pictures or more, for
-    which the adapters are there. `strict_slice`: see `parse`. `fit`: see `question`."""
+    which the adapters are there. `strict_slice`: see `parse`."""
 
     def __init__(
-        self, vlm: VLM, *, when: str = "on", strict_slice: bool = False, fit: str = "kontext", max_tokens: int = 4096
+        self,
+        vlm: VLM,
+        *,
+        when: str = "on",
+        strict_slice: bool = False,
+        form: Form | None = None,
+        max_tokens: int = 4096,
     ) -> None:
         if when not in WHEN:
             raise WeftError(f"rewriter: {when!r} is unknown; choose {', '.join(WHEN)}")
-        if fit not in ("kontext", "none"):
-            raise WeftError(f"rewriter: fit {fit!r} is unknown; choose kontext or none")
-        self.vlm, self.when, self.strict_slice, self.fit, self.max_tokens = vlm, when, strict_slice, fit, max_tokens
+        self.vlm, self.when, self.strict_slice, self.max_tokens = vlm, when, strict_slice, max_tokens
+        self.form = form or Form()
+        if strict_slice and self.form.structured:
+            raise WeftError("rewriter: strict_slice cuts tags off, and a structured answer has none; leave one out")
 
     def applies(self, record: Record) -> bool:
         """Whether this record is rewritten."""
@@ -110,12 +154,10 @@ class Rewriter:
         out = list(records)
         if not chosen:
             return out
-        how = Ask(max_tokens=self.max_tokens)
-        replies = self.vlm.ask([question(records[k], self.fit) for k in chosen], how)
-        for k, reply in zip(chosen, replies, strict=True):
+        for k, reply in zip(chosen, self._ask([records[k] for k in chosen]), strict=True):
             if reply.error is not None:
                 raise WeftError(f"record {records[k].id}: the rewriter failed ({reply.error})")
-            text = parse(reply.text, strict_slice=self.strict_slice).strip()
+            text = self._read(records[k], reply.text).strip()
             if not text:
                 raise WeftError(
                     f"record {records[k].id}: the rewriter wrote nothing ({reply.text[:60]!r}); switch it off"
@@ -124,20 +166,42 @@ class Rewriter:
             out[k] = replace(with_instruction(records[k], text), meta={**records[k].meta, **asked})
         return out
 
+    def _ask(self, records: Sequence[Record]) -> list[Reply]:
+        """One reply for each record, in order; those of one form are asked together."""
+        replies: dict[int, Reply] = {}
+        forms = [self.form.fields(record) if self.form.structured else () for record in records]
+        for fields in dict.fromkeys(forms):
+            rows = [k for k, own in enumerate(forms) if own == fields]
+            how = Ask(max_tokens=self.max_tokens, fields=fields)
+            asked = self.vlm.ask([question(records[k], self.form.fit) for k in rows], how)
+            replies |= dict(zip(rows, asked, strict=True))
+        return [replies[k] for k in range(len(records))]
+
+    def _read(self, record: Record, answer: str) -> str:
+        if not self.form.structured:
+            return parse(answer, strict_slice=self.strict_slice)
+        try:
+            found = read_fields(answer, self.form.fields(record))
+        except ValueError as error:
+            raise WeftError(
+                f"record {record.id}: the rewriter did not keep to the form ({error}): {answer[:60]!r}; does its "
+                "server offer structured output?"
+            ) from error
+        return standard(found.get("instruction", ""), found.get("caption", ""))
+
 
 def open_vlm(
     where: str | Path, *, model: str | None = None, key_env: str | None = None, device: Any = None, dtype: Any = None
 ) -> VLM:
     """A VLM by the address of an OpenAI-compatible server (`model` is its name there), folder or hub id."""
     where = str(where)
-    if where.startswith(("http://", "https://")):
+    if _is_address(where):
         from weft.vlm.remote import RemoteVLM
 
         if model is None:
             raise WeftError(f"{where}: name the model on that server")
         return RemoteVLM(where, model, key_env=key_env)
     from weft.models.image.metaquery_parts import find_vlm
-    from weft.models.weights import read_json
     from weft.vlm.local import load_vlm
 
     folder = Path(where)
@@ -156,13 +220,26 @@ def open_rewriter(
     *,
     when: str = "on",
     strict_slice: bool = False,
-    fit: str = "kontext",
+    fit: str | None = None,
+    structured: bool | None = None,
+    edit_fields: Sequence[str] | None = None,
     max_tokens: int = 4096,
     model: str | None = None,
     key_env: str | None = None,
     device: Any = None,
     dtype: Any = None,
 ) -> Rewriter:
-    """A `Rewriter` on the VLM at `where` (see `open_vlm`)."""
+    """A `Rewriter` on the VLM at `where` (see `open_vlm`). `fit`, `structured` and `edit_fields` make its `Form`; None
+    takes what the VLM's folder says, else the defaults."""
+    own = read_json(Path(where) / "weft.json").get("rewriter", {}) if not _is_address(where) else {}
+    given = {"fit": fit, "structured": structured, "edit_fields": None if edit_fields is None else tuple(edit_fields)}
+    chosen = {**own, **{key: value for key, value in given.items() if value is not None}}
+    if set(chosen) - set(given):
+        raise WeftError(f"{where}: weft.json: rewriter has {', '.join(chosen)}; known: {', '.join(given)}")
+    form = Form(**{**chosen, "edit_fields": tuple(chosen.get("edit_fields", FIELDS))})
     vlm = open_vlm(where, model=model, key_env=key_env, device=device, dtype=dtype)
-    return Rewriter(vlm, when=when, strict_slice=strict_slice, fit=fit, max_tokens=max_tokens)
+    return Rewriter(vlm, when=when, strict_slice=strict_slice, form=form, max_tokens=max_tokens)
+
+
+def _is_address(where: str | Path) -> bool:
+    return str(where).startswith(("http://", "https://"))

@@ -7,7 +7,9 @@ loss is next-token cross-entropy on the answer alone.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,20 @@ from torch import Tensor, nn
 
 from weft.errors import WeftError
 from weft.models.image.metaquery_parts import find_vlm
-from weft.models.rewriter import question, with_instruction
+from weft.models.rewriter import FIELDS, Form, question, split_standard, with_instruction
 from weft.record import Record, read_records
 from weft.types import Draw, Example, Loss
 from weft.vlm.local import load_vlm
+from weft.vlm.structured import write_fields
 
 
 class RewriterTrainable:
     """Trains the VLM in `path` (`model.train: [vlm]`, full or LoRA): instruction and pictures in,
-    `record.meta[target]` out, inside the tags `<{tag}> </{tag}>`.
+    `record.meta[target]` out, inside the tags `<{tag}> </{tag}>`, or `structured`, as a JSON object.
 
-    `fit`: how pictures are sized, as in `weft.models.rewriter.question`. `vision`: train the vision tower, too (not
-    with LoRA, whose targets name the layers). The loss of a sample is the mean over its answer's tokens.
+    `fit`, `structured`, `edit_fields`: see `weft.models.rewriter.Form`; the saved folder keeps them. `vision`: train
+    the vision tower, too (not with LoRA, whose targets name the layers). The loss of a sample is the mean over its
+    answer's tokens.
     """
 
     name = "rewriter"
@@ -40,15 +44,16 @@ class RewriterTrainable:
         target: str = "standard",
         tag: str = "gen",
         fit: str = "kontext",
+        structured: bool = False,
+        edit_fields: Sequence[str] = FIELDS,
         vision: bool = False,
     ) -> None:
-        if fit not in ("kontext", "none"):
-            raise WeftError(f"fit {fit!r} is unknown; choose kontext or none")
+        self.form = Form(fit, structured, tuple(edit_fields))
         self.reader = load_vlm(find_vlm(str(path), Path()), device="cpu", dtype=torch.float32)
         self.model: Any = self.reader.model
         self.model.requires_grad_(True)
         self.model.model.visual.requires_grad_(vision)
-        self.target, self.tag, self.fit = target, tag, fit
+        self.target, self.tag = target, tag
 
     def modules(self) -> dict[str, nn.Module]:
         """The VLM."""
@@ -58,19 +63,26 @@ class RewriterTrainable:
         """`ids` [L] of prompt and answer, `answer` [1] (where the answer begins), and of records with pictures
         `pixels` [P, D] and `grids` [n, 3]."""
         out = []
-        processor = self.reader.processor
         for record in records:
             wanted = record.meta.get(self.target)
             if not isinstance(wanted, str) or not wanted.strip():
                 raise WeftError(f'record {record.id!r} has no meta["{self.target}"]: the text that the VLM is to write')
-            prompt = self.reader.encode(question(record, self.fit))
-            answer = processor.encode(f"<{self.tag}> {wanted.strip()} </{self.tag}><|im_end|>").ids
+            prompt = self.reader.encode(question(record, self.form.fit))
+            answer = self._answer(record, wanted.strip())
             ids = torch.cat([prompt.ids, answer])
             example = {"ids": ids, "answer": torch.tensor([len(prompt.ids)])}
             if len(prompt.patches):
                 example |= {"pixels": torch.cat(list(prompt.patches)), "grids": prompt.grids}
             out.append(example)
         return out
+
+    def _answer(self, record: Record, wanted: str) -> Tensor:
+        """Ids [N] of the answer in its form, and the end of the turn."""
+        processor = self.reader.processor
+        if not self.form.structured:
+            return processor.encode(f"<{self.tag}> {wanted} </{self.tag}><|im_end|>").ids
+        ids = write_fields(processor.tokenizer, split_standard(wanted, self.form.fields(record)))
+        return torch.cat([torch.tensor(ids), processor.encode("<|im_end|>").ids])
 
     def loss(self, examples: Sequence[Example], draw: Draw) -> Loss:
         """Cross-entropy per sample [B] over the answer's tokens; `tokens` is the share that is predicted right."""
@@ -88,9 +100,11 @@ class RewriterTrainable:
         return Loss(torch.stack(losses), {"tokens": right / count})
 
     def save(self, folder: Path) -> None:
-        """Write a complete VLM folder: weights, tokenizer, chat template, image processor."""
+        """Write a complete VLM folder: weights, tokenizer, chat template, image processor, and its form."""
         self.model.save_pretrained(folder)
         self.reader.processor.save(folder)
+        text = json.dumps({"rewriter": asdict(self.form)}, indent=2) + "\n"
+        (Path(folder) / "weft.json").write_text(text, encoding="utf-8")
 
 
 def hidden_states(model: Any, examples: Sequence[Example]) -> Tensor:

@@ -21,13 +21,16 @@ Question = Sequence[Turn]
 class Ask:
     """How to ask. `choices` are texts whose probability is wanted at every generated position: exactly in process,
     from a server as far as they are among its `top` most probable tokens. `temperature` 0 is greedy decoding.
-    A sampled reply is a function of (`seed`, question) and of nothing else where the model runs in process."""
+    A sampled reply is a function of (`seed`, question) and of nothing else where the model runs in process. `fields`:
+    the reply is a JSON object of exactly these texts (`weft.vlm.structured`), by a constraint on the tokens in process,
+    by the server's structured output elsewhere; probabilities are those without the constraint in process."""
 
     max_tokens: int = 1
     choices: tuple[str, ...] = ()
     temperature: float = 0.0
     seed: int = 0
     top: int = 20
+    fields: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -79,4 +82,5 @@ def question_digest(question: Question) -> str:
 
 def ask_key(name: str, question: Question, how: Ask) -> str:
     """What a stored reply is found by: the model, the question and how it was asked."""
-    return hashlib.sha256(json.dumps([name, question_digest(question), asdict(how)]).encode()).hexdigest()
+    asked = {key: value for key, value in asdict(how).items() if key != "fields" or value}  # older keys stay good
+    return hashlib.sha256(json.dumps([name, question_digest(question), asked]).encode()).hexdigest()

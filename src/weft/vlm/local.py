@@ -23,6 +23,7 @@ from weft.errors import WeftError
 from weft.rng import numpy_rng
 from weft.vlm.ask import Ask, Question, Reply, Token, plain
 from weft.vlm.processor import IMAGE_PAD, Processor
+from weft.vlm.structured import Alphabet, Writer, writable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -118,6 +119,7 @@ class LocalVLM:
         ends = [ends] if isinstance(ends, int) else list(ends or [])
         self.ends = {*ends, processor.tokenizer.eos_token_id} - {None}
         self._lock = threading.Lock()
+        self._inside: Tensor | None = None  # tokens that may stand inside a text of a structured reply
 
     def ask(self, questions: Sequence[Question], how: Ask) -> list[Reply]:
         """One reply for each question, in order. Raises WeftError for a choice that is not one token."""
@@ -263,12 +265,16 @@ class LocalVLM:
         made: list[list[int]] = [[] for _ in items]
         tokens: list[list[Token]] = [[] for _ in items]
         open_rows = set(range(len(items)))
+        writers = self._writers(len(items), output.logits.shape[-1], how)
         for step in range(how.max_tokens):
             log_probs = output.logits[:, -1].float().log_softmax(-1).cpu()  # [B, V]
-            picked = self._pick(log_probs, how, draws)
+            barred = [w.bar(row) for w, row in zip(writers, log_probs, strict=True)] if writers else None
+            picked = self._pick(log_probs if barred is None else torch.stack(barred), how, draws)
             for row in sorted(open_rows):
                 tokens[row].append(self._token(log_probs[row], picked[row], how, wanted, choices))
                 made[row].append(picked[row])
+                if writers:
+                    writers[row].push(picked[row])
                 if picked[row] in self.ends:
                     open_rows.discard(row)
             if not open_rows or step + 1 == how.max_tokens:
@@ -285,6 +291,15 @@ class LocalVLM:
         decode = self.processor.tokenizer.decode
         texts = [decode([i for i in row if i not in self.ends], skip_special_tokens=True) for row in made]
         return [Reply(text, row) for text, row in zip(texts, tokens, strict=True)]
+
+    def _writers(self, count: int, size: int, how: Ask) -> list[Writer]:
+        if not how.fields:
+            return []
+        tokenizer = self.processor.tokenizer
+        if self._inside is None:
+            self._inside = writable(tokenizer, size, self._special_ids | self.ends)
+        alphabet = Alphabet.of(tokenizer, how.fields, self._inside)
+        return [Writer(alphabet, how.max_tokens, min(self.ends)) for _ in range(count)]
 
     def _pick(self, log_probs: Tensor, how: Ask, draws: list[np.random.Generator]) -> list[int]:
         if how.temperature <= 0:

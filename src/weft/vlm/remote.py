@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weft.errors import WeftError
 from weft.vlm.ask import Ask, Question, Reply, Token, plain
 from weft.vlm.retry import Breaker, Failed, Patience, insist
+from weft.vlm.structured import schema
 
 if TYPE_CHECKING:
     import httpx
@@ -70,6 +71,9 @@ class RemoteVLM:
             "logprobs": True,
             "top_logprobs": min(self.top, how.top),
         }
+        if how.fields:
+            wanted = {"name": "reply", "strict": True, "schema": schema(how.fields)}
+            body["response_format"] = {"type": "json_schema", "json_schema": wanted}
         try:
             return insist(lambda: self._client.post("chat/completions", json=body), _read, self.breaker)
         except Failed as failure:
