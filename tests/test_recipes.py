@@ -39,14 +39,17 @@ def folders(tmp_path_factory):
         "Qwen-Image-Edit": tiny_qwen_edit_folder(root / "qwen"),
         "metaquery": metaquery,
         "Qwen2.5-VL": vlm,
+        "judge": vlm,
         "": tiny_kontext_folder(root / "kontext"),
     }
 
 
-def tiny_source(source, group):
+def tiny_source(source, group, graded=False):
     """The embedded world in place of a real set; a source that is the world already keeps its own arguments."""
-    if source.get("call", "").startswith("weft.world:"):
+    if source.get("call", "").startswith(("weft.world:", "weft.reward.graded:")):
         return {**source, "args": {**source.get("args", {}), "count": 4}}
+    if graded:
+        return {"call": "weft.reward.graded:records", "args": {"count": 4}}
     task = group if group in TASKS else "generate" if "gen" in group else "edit"
     return {"call": "weft.world:records", "args": {"count": 4, "tasks": [task]}}
 
@@ -64,12 +67,13 @@ def shrunk(path, folders, out):
             args["transformer"] = str(folders[""])
     if "target" in args:
         args |= {"target": "canonical", "fit": "none"}
+    graded = tree.get("trainable", "").startswith("weft.reward.judge_training:")
     for item in tree["data"]:
-        item["source"] = tiny_source(item["source"], item.get("batch_group", "edit"))
+        item["source"] = tiny_source(item["source"], item.get("batch_group", "edit"), graded)
     for name in ("validate", "grid"):
         if tree.get(name):
             group = tree["data"][0].get("batch_group", "edit")
-            tree[name] |= {"source": tiny_source(tree[name]["source"], group), "count": 2}
+            tree[name] |= {"source": tiny_source(tree[name]["source"], group, graded), "count": 2}
     if tree.get("grid"):
         tree["grid"]["steps"] = 2
     for stage in tree.get("stages", []):  # the tiny position table ends at 384 pixels
@@ -114,7 +118,7 @@ def test_two_steps(path, folders, tmp_path):
 
 
 def test_only_the_description_of_the_tiny_model_is_not_a_training():
-    assert [path.name for path in FILES if path not in RECIPES] == ["model.yaml", "omni.yaml"]
+    assert [path.name for path in FILES if path not in RECIPES] == ["judge_model.yaml", "model.yaml", "omni.yaml"]
 
 
 def test_the_published_numbers_of_stage_b():

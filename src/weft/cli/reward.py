@@ -21,6 +21,8 @@ SCORERS = {
     "hpsv2": "weft.reward.scorers.clip:HPSv2",
     "consistency": "weft.reward.scorers.consistency:Consistency",
     "geneval": "weft.reward.scorers.geneval:GenEval",
+    "critic": "weft.reward.scorers.critic:Critic",
+    "oracle": "weft.reward.graded:truth",
 }
 Options = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]", help_behavior_hint="")]
 
@@ -32,7 +34,8 @@ class Serve:
     One scorer is named here with its options; several stand in a YAML file: {name: {call: ..., args: {...}}}."""
 
     scorer: Positional[str]
-    """judge, clip, pickscore, hpsv2, consistency, geneval, your own as file.py:name, or a YAML file of several."""
+    """judge, critic, clip, pickscore, hpsv2, consistency, geneval, oracle (of the embedded world), your own as
+    file.py:name, or a YAML file of several."""
     options: Positional[Options] = ()
     """What the scorer takes, such as model=FOLDER variant=yes_no."""
     host: str = "127.0.0.1"

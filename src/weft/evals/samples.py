@@ -8,14 +8,17 @@ Each record stands beside `meta["grade"]` (0 to 5) and `meta["made"]` (model, st
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from weft.errors import WeftError
 from weft.evals.runner import Sampling, outputs
-from weft.record import Record, write_records
+from weft.record import Record, read_records, write_records
 from weft.reward.graded import graded
 from weft.types import FlowModel
 from weft.world import records as world_records
@@ -30,6 +33,35 @@ def samples(
             for output in outputs(model, records, Sampling(steps=count, seed=seed, batch_size=64)):
                 made = f"{name}/{count}"
                 yield graded(output.record, output.image, f"{output.record.id}@{made}#{seed}", made)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Samples to be judged: of the model in `folder`, called `model`, `seeds` of each of `count` requests."""
+
+    folder: str
+    model: str
+    steps: int
+    seeds: int
+    count: int
+    split: str
+    data_seed: int
+    kinds: Sequence[str] = ()
+
+
+def stored(folder: Path, wanted: Wanted) -> list[Record]:
+    """The samples, made once and kept in `folder`: the same request of the same weights is not made again."""
+    from weft.evals.runner import fingerprint
+    from weft.models.load import load
+
+    model = load(wanted.folder)
+    facts = {**{k: v for k, v in asdict(wanted).items() if k != "folder"}, "weights": fingerprint(model)}
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / key / "records.jsonl"
+    if not path.is_file():
+        data = world_records(wanted.split, wanted.count, wanted.data_seed, tasks=["edit"], kinds=wanted.kinds)
+        write_records(path, samples(model, wanted.model, data, [wanted.steps], range(wanted.seeds)))
+    return list(read_records(path))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

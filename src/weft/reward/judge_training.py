@@ -8,6 +8,7 @@ A critic (EditReward, arXiv 2509.26346; EditScore, arXiv 2509.23909) has a small
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,6 +92,18 @@ class _Graded:
         grade = torch.tensor(grade_of(record, self.grade, self.scale))
         patches = packed(torch.cat(prompt.patches), self.reader.processor.images)
         return {"ids": prompt.ids, "bytes": patches, "grids": prompt.grids, "grade": grade}
+
+    def example_facts(self) -> dict[str, Any]:
+        """What else decides about an example, for the cache: the question and the tokenizer."""
+        tokenizer = self.reader.processor.tokenizer
+        vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+        pictures = self.reader.processor.images.to_dict()
+        return {
+            "question": self.judge.version,
+            "chat": self.reader.processor.template,
+            "vocabulary": vocabulary,
+            "pictures": pictures,
+        }
 
     def states(self, examples: Sequence[Example]) -> Tensor:
         """The last layer's states [B, L, C]."""
