@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
-    from weft.record import Record
+    from weft.record import Part, Record
 
 Batch = dict[str, Any]
 """What `FlowModel.prepare` makes of a list of conditions and `FlowModel.velocity` eats at every step."""
@@ -150,4 +150,29 @@ class FlowModel(Trainable, Protocol):
 
     def sigmas(self, steps: int, size: tuple[int, int]) -> Tensor:
         """The model's own inference grid [steps + 1] in fp32, from 1 (or its maximum) down to 0."""
+        ...
+
+
+@runtime_checkable
+class TokenModel(Protocol):
+    """A model that writes tokens: texts and movements in one sequence (`weft.models.motion.lm.MotionLM`).
+
+    Its supervised loss is a `Trainable` of its own (`weft.models.motion.lm_training`); its rollout is
+    `weft.sample.tokens.sample_tokens`.
+    """
+
+    name: str
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks by the name of their folder on disk (`rvq`, `transformer`, `heads`)."""
+        ...
+
+    def respond(
+        self, records: Sequence[Record], *, seeds: Sequence[int], options: Any = None
+    ) -> list[list[Part]]:  # fmt: skip
+        """What the assistant answers to each record's last user turn; answer k is a function of record and seed k."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the model in its folder layout."""
         ...

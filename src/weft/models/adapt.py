@@ -24,10 +24,12 @@ def add_lora(
     dropout: float = 0.0,
     seed: int = 0,
     name: str = "default",
+    rows: Sequence[int] | None = None,
 ) -> int:
     """Freeze `module` and add a trainable adapter `name` (fp32) to every linear layer whose name ends in a target.
 
     Returns the number of adapted layers. `init`: "gaussian" (A normal, B zero) or "default" (A Kaiming, B zero).
+    `rows`: tokens of a transformers model whose embeddings (in and, where they are tied, out) are trained whole.
     Raises WeftError if a target matches nothing.
     """
     from peft import LoraConfig, inject_adapter_in_model
@@ -43,17 +45,26 @@ def add_lora(
         target_modules=list(targets),
         lora_dropout=dropout,
         init_lora_weights="gaussian" if init == "gaussian" else True,
+        trainable_token_indices=None if rows is None else token_tables(module, rows),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "lora", record=name))
         inject_adapter_in_model(config, module, adapter_name=name)
     count = 0
     for key, parameter in module.named_parameters():
-        if f".lora_A.{name}." in key or f".lora_B.{name}." in key:
+        if f".lora_A.{name}." in key or f".lora_B.{name}." in key or key.endswith(f"trainable_tokens_delta.{name}"):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
             count += key.endswith(f"lora_A.{name}.weight")
     return count
+
+
+def token_tables(module: Any, rows: Sequence[int]) -> dict[str, list[int]]:
+    """The embedding (and an output layer of its own) of a transformers model, each with `rows`, as peft names them."""
+    tables = [module.get_input_embeddings()]
+    if not getattr(module.config, "tie_word_embeddings", False):
+        tables.append(module.get_output_embeddings())
+    return {n: list(rows) for n, m in module.named_modules() if any(m is table for table in tables)}
 
 
 def lora_state(module: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -73,15 +84,67 @@ def save_lora(modules: dict[str, nn.Module], folder: Path, *, name: str = "defau
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, object] = {}
     for prefix, module in modules.items():
+        if not hasattr(module, "peft_config"):  # trained whole beside the adapters
+            tensors |= {f"{prefix}.{k}": v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+            continue
         config = cast(Any, module).peft_config[name].to_dict()
         for key, value in lora_state(module, name).items():
             tensors[f"{prefix}.{key}"] = value
-        for key in ("r", "lora_alpha", "target_modules", "lora_dropout", "bias", "use_rslora", "use_dora"):
-            value = config[key]
+        for key in SAVED:
+            value = config.get(key)
+            if key == "trainable_token_indices" and value is None:
+                continue
             metadata[f"{prefix}.{key}"] = sorted(value) if isinstance(value, set) else value
     path = folder / "pytorch_lora_weights.safetensors"
     save_file(tensors, path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, sort_keys=True)})
     return path
+
+
+def read_lora(path: Path, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of the module `prefix` and its settings in what `save_lora` wrote. Raises WeftError."""
+    import json
+
+    from safetensors import SafetensorError, safe_open
+
+    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise WeftError(f"there is no {file}; give the export folder of an earlier LoRA run")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            own = [key for key in opened.keys() if key.startswith(f"{prefix}.")]
+            saved = {key.removeprefix(f"{prefix}."): opened.get_tensor(key) for key in own}
+            facts = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except SafetensorError as error:
+        raise WeftError(f"{file} is not a safetensors file: {error}") from None
+    return saved, {k.removeprefix(f"{prefix}."): v for k, v in facts.items() if k.startswith(f"{prefix}.")}
+
+
+def load_adapter(module: Any, prefix: str, path: Path, *, name: str = "default") -> None:
+    """Put the adapter that `save_lora` wrote for the module `prefix`, token rows included, on a transformers model.
+
+    Raises WeftError if the file has none, or one of other layers.
+    """
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    saved, facts = read_lora(path, prefix)
+    if not saved or "r" not in facts:
+        raise WeftError(f"{path}: no LoRA of {prefix} in it")
+    options = {key: facts[key] for key in SAVED if key in facts}
+    inject_adapter_in_model(LoraConfig(**options), module, adapter_name=name)
+    mine = {k: v.shape for k, v in lora_state(module, name).items()}
+    if {k: v.shape for k, v in saved.items()} != mine:
+        raise WeftError(f"{path}: made for another base model")
+    set_peft_model_state_dict(module, saved, adapter_name=name)
+    module.requires_grad_(False).eval()
+
+
+def load_whole(module: nn.Module, prefix: str, path: Path) -> None:
+    """The weights of a module that was trained whole beside a LoRA. Raises WeftError if they do not fit."""
+    saved, _ = read_lora(path, prefix)
+    try:
+        module.load_state_dict(saved)
+    except RuntimeError as error:
+        raise WeftError(f"{path}: the weights of {prefix} do not fit ({str(error).splitlines()[0][:200]})") from error
 
 
 def start_lora(module: nn.Module, prefix: str, path: Path, *, name: str = "default") -> None:
@@ -89,21 +152,13 @@ def start_lora(module: nn.Module, prefix: str, path: Path, *, name: str = "defau
 
     Raises WeftError if the file is of other layers or another rank, or was trained at another scale (alpha / rank).
     """
-    import json
-
     from peft import set_peft_model_state_dict
-    from safetensors import SafetensorError, safe_open
 
-    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise WeftError(f"lora.start: there is no {file}; give the export folder of an earlier LoRA run")
     try:
-        with safe_open(file, framework="pt") as opened:
-            own = [key for key in opened.keys() if key.startswith(f"{prefix}.")]
-            saved = {key.removeprefix(f"{prefix}."): opened.get_tensor(key) for key in own}
-            facts = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except SafetensorError as error:
-        raise WeftError(f"lora.start: {file} is not a safetensors file: {error}") from None
+        saved, facts = read_lora(path, prefix)
+    except WeftError as error:
+        raise WeftError(f"lora.start: {error}") from error
+    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
     mine = lora_state(module, name)
     if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in mine.items()}:
         odd = sorted(k for k in saved.keys() | mine.keys() if k not in saved or k not in mine or
@@ -111,10 +166,22 @@ def start_lora(module: nn.Module, prefix: str, path: Path, *, name: str = "defau
         raise WeftError(f"lora.start: {file} has other layers or another rank than the recipe, for example {odd[0]}")
     config = cast(Any, module).peft_config[name]
     for key in ("r", "lora_alpha"):
-        there = facts.get(f"{prefix}.{key}")
+        there = facts.get(key)
         if there is not None and there != getattr(config, key):
             raise WeftError(f"lora.start: {file} was trained with {key} {there}, the recipe has {getattr(config, key)}")
     set_peft_model_state_dict(module, saved, adapter_name=name)
+
+
+SAVED = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "lora_dropout",
+    "bias",
+    "use_rslora",
+    "use_dora",
+    "trainable_token_indices",
+)
 
 
 class Ema:

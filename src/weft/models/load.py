@@ -94,6 +94,8 @@ FAMILIES = {
     "QwenImageEditPlusPipeline": QWEN,
 }
 """Families by the pipeline class that a folder's index declares."""
+MOTION = ("OmniMoGenPipeline",)
+"""The same for models of movement: see `weft.models.motion.lm`."""
 TRANSFORMERS = {"SD3Transformer2D": "StableDiffusion3Pipeline", "FluxTransformer2D": "FluxKontextPipeline"}
 """The same by the beginning of the transformer's class, for releases without an index."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -134,8 +136,18 @@ def load(
     Raises WeftError if the model is unknown or broken, or an option cannot be honoured here.
     """
     folder = find_model(str(name_or_folder))
-    target = _device(device)
-    kind = _dtype(dtype, target)
+    if _declared(folder) in MOTION:
+        given = {"adapters": adapters, "attention_backend": attention_backend, "quantization": quantization,
+                 "resolution": resolution, "options": options, "vram": vram, "tiling": tiling or None,
+                 "slicing": slicing or None, "offload": None if offload == "none" else offload}  # fmt: skip
+        for option, value in given.items():
+            if value is not None:
+                raise WeftError(f"{option}: {name_or_folder} makes movements and has no such option; leave it out")
+        from weft.models.motion.load import load as load_motion
+
+        return load_motion(folder, device=device, dtype=dtype, lora=lora)
+    target = pick_device(device)
+    kind = pick_dtype(dtype, target)
     if vram is not None:
         if offload != "none" or quantization is not None:
             raise WeftError("vram chooses offload and quantization: leave these out, or leave out vram")
@@ -162,7 +174,7 @@ def load(
         device=target if offload != "none" else None,
         **arguments,
     )
-    model.card = card
+    model.card = {key: value for key, value in card.items() if key != "parts"}  # a saved model has all of its own
     _add_adapters(model, adapters, folder)
     _add_loras(model, lora)
     if attention_backend is not None:
@@ -243,7 +255,7 @@ def _declared(folder: Path) -> str:
     return next((pipeline for start, pipeline in TRANSFORMERS.items() if name.startswith(start)), name)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def pick_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -259,7 +271,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     return wanted
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if isinstance(dtype, torch.dtype):

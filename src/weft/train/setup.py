@@ -64,12 +64,14 @@ def choose_modules(recipe: Recipe, trainable: Trainable) -> dict[str, nn.Module]
         if name not in modules:
             raise WeftError(f'model.train: the model has no module "{name}"; {nearest(name, list(modules))}')
     trained = {name: modules[name] for name in names}
+    rows = trainable.new_rows() if hasattr(trainable, "new_rows") else {}
+    whole = getattr(trainable, "whole", ())  # modules too small for a LoRA
     for name, module in modules.items():
         if name not in trained:
             module.requires_grad_(False).eval()
     for name, module in trained.items():
         lora = recipe.model.lora
-        if lora is not None:
+        if lora is not None and name not in whole:
             add_lora(
                 module,
                 rank=lora.rank,
@@ -78,6 +80,7 @@ def choose_modules(recipe: Recipe, trainable: Trainable) -> dict[str, nn.Module]
                 init=lora.init,
                 dropout=lora.dropout,
                 seed=recipe.run.seed,
+                rows=rows.get(name),
             )
             if lora.start is not None:
                 start_lora(module, name, Path(lora.start))

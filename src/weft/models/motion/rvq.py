@@ -265,7 +265,9 @@ class ResidualQuantizer(nn.Module):
         `divide` divides by it.
         """
         residual, total = rows, torch.zeros_like(rows)
-        indices, errors, spread = [], [], []
+        indices: list[Tensor] = []
+        errors: list[Tensor] = []
+        spread: list[float] = []
         last = noise.cut if noise is not None else self.config.levels - 1
         for level, layer in enumerate(self.layers):
             assert isinstance(layer, Codebook)

@@ -1,0 +1,166 @@
+"""Build a new, untrained motion model folder from a YAML file of configurations and a source of records.
+
+    python -m weft.models.motion.build recipes/tiny/motion_model.yaml runs/tiny/motion_init --from runs/tiny/rvq/export
+
+The sections are `SECTIONS`: `statistics` and `corpus` are record sources (movements and texts), `rvq` the quantiser's
+configuration (with `heading`), `tokenizer` that of `weft.models.tokenizers.t5_tokenizer` or {path: folder},
+`transformer` a transformers configuration with its `model_type` or {path: folder of a causal LM}, `tokens` the
+options of `weft.models.motion.lm.TokenOptions`. Folders after `--from` (exports) replace the parts that they hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from weft.data.sources import SourceConfig, load_source
+from weft.errors import WeftError
+from weft.models.motion.codec import Codec, codec_of_dataset, load_codec, make_config
+from weft.models.motion.rvq import Rvq
+from weft.motion.clip import Motion
+from weft.motion.features import extract
+from weft.motion.files import load_part
+from weft.motion.stats import GeneratorStats, dataset_stats
+from weft.record import Record
+from weft.rng import seed_of
+
+SECTIONS = ("seed", "statistics", "corpus", "rvq", "tokenizer", "transformer", "tokens")
+REQUIRED = ("rvq", "tokenizer", "transformer")
+
+
+def build(config: str | Path | dict[str, Any], out: str | Path, parts: Sequence[str | Path] = ()) -> Path:
+    """Write a motion model folder and return its path.
+
+    Raises WeftError for an unknown or missing section, an `out` that exists, or parts that do not fit each other.
+    """
+    from weft.models.motion.lm import MotionLM
+
+    settings = read_settings(config)
+    out = Path(out)
+    if out.exists():
+        raise WeftError(f"{out} exists; give a new folder, or remove it first")
+    held = [Path(p) for p in parts]
+    ready = next((p for p in held if (p / "rvq").is_dir()), None)
+    codec = load_codec(ready) if ready is not None else new_codec(settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(int(settings.get("seed", 0)), "build/transformer"))
+        tokenizer = make_tokenizer(settings)
+        model = MotionLM.create(codec, tokenizer, make_transformer(settings, tokenizer), settings.get("tokens", {}))
+    model.save(out)
+    return out
+
+
+def read_settings(config: str | Path | dict[str, Any]) -> dict[str, Any]:
+    """The sections, checked by name."""
+    if not isinstance(config, dict):
+        if not Path(config).is_file():
+            raise WeftError(f"{config}: no such file")
+        try:
+            config = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise WeftError(f"not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise WeftError(f"the configuration must be a mapping of {', '.join(SECTIONS)}")
+    for name in config:
+        if name not in SECTIONS:
+            raise WeftError(f"unknown section {name!r}; known: {', '.join(SECTIONS)}")
+    for name in REQUIRED:
+        if not isinstance(config.get(name), dict):
+            raise WeftError(f"section {name!r} is missing")
+    return config
+
+
+def new_codec(settings: dict[str, Any]) -> Codec:
+    """A quantiser with random weights, its statistics measured on the movements of `statistics`, or read from
+    {mean: npy, std: npy} as a dataset ships them."""
+    config, heading = make_config(settings["rvq"], "rvq")
+    source = settings.get("statistics")
+    if source is None:
+        raise WeftError("section 'statistics' is missing: a source of records with movements, or {mean, std}")
+    seed = int(settings.get("seed", 0))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "build/rvq"))
+        if isinstance(source, dict) and set(source) == {"mean", "std"}:
+            return Codec(Rvq(config), GeneratorStats.from_npy(source["mean"], source["std"]), heading)
+        stats = dataset_stats(extract([c.joints], heading=heading)[0] for c in movements(records_of(source)))
+        return codec_of_dataset(config, stats, heading)
+
+
+def records_of(source: dict[str, Any] | list[dict[str, Any]]) -> Iterator[Record]:
+    """The records of one source or of several."""
+    for one in source if isinstance(source, list) else [source]:
+        yield from load_source(SourceConfig(**one))
+
+
+def movements(records: Iterator[Record]) -> Iterator[Motion]:
+    """Every movement of at least two frames, at 20 frames a second."""
+    for record in records:
+        for part in (p for turn in record.turns for p in turn.parts if p.type == "motion"):
+            clip = load_part(part, record.root, fps=None)
+            clip = clip.resample(clip.layout.fps)
+            if len(clip) > 1:
+                yield Motion(np.asarray(clip.joints), clip.fps, clip.layout)
+
+
+def texts(records: Iterator[Record]) -> Iterator[str]:
+    """Everything that is written in the records."""
+    for record in records:
+        yield from (p.text for turn in record.turns for p in turn.parts if p.type == "text" and p.text)
+
+
+def make_tokenizer(settings: dict[str, Any]) -> Any:
+    """The released tokenizer in `tokenizer.path`, or a new one of the corpus' words."""
+    from weft.models.tokenizers import t5_tokenizer
+
+    given = dict(settings["tokenizer"])
+    if "path" in given:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(given["path"])
+    source = settings.get("corpus") or settings.get("statistics")
+    if source is None:
+        raise WeftError("section 'corpus' is missing: a source of records whose texts make the tokenizer")
+    return t5_tokenizer(list(texts(records_of(source))), **given)
+
+
+def make_transformer(settings: dict[str, Any], tokenizer: Any) -> Any:
+    """The causal LM in `transformer.path`, or one of transformers' classes with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given = dict(settings["transformer"])
+    if "path" in given:
+        return AutoModelForCausalLM.from_pretrained(given["path"], dtype=torch.float32)
+    kind = given.pop("model_type", None)
+    if kind is None:
+        raise WeftError("transformer: give model_type (such as gemma2) with its sizes, or path")
+    facts = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id,
+             "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}  # fmt: skip
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(facts | given)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m weft.models.motion.build", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("config", help="YAML file, for example recipes/tiny/motion_model.yaml")
+    parser.add_argument("out", help="new folder")
+    parser.add_argument("--from", dest="parts", action="append", default=[], help="folder with trained parts")
+    options = parser.parse_args(arguments)
+    try:
+        print(f"wrote {build(options.config, options.out, options.parts)}")
+    except WeftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
