@@ -25,12 +25,12 @@ CONCEPTS: dict[str, tuple[tuple[Act, ...], str, Table]] = {
     "goal": (
         (Act("run", path="straight"), Act("raise", "both")), "happy",
         (("be a footballer who has scored a goal", "celebrate a goal", "what a footballer does after a goal"),
-         ("celebrate like a footballer after a goal", "be a footballer who celebrates")),
+         ("be a footballer after a goal", "celebrate like a footballer")),
     ),
     "burglar": (
         (Act("walk", path="straight"),), "sneaky",
         (("be a burglar in a house at night", "get past a guard who sleeps", "what a burglar does in a house"),
-         ("be a burglar who gets past a guard", "get past a guard at night")),
+         ("be a burglar in front of a guard", "get past a guard at night")),
     ),
     "undead": (
         (Act("walk", path="straight"),), "zombie",
@@ -50,7 +50,7 @@ CONCEPTS: dict[str, tuple[tuple[Act, ...], str, Table]] = {
     "friend": (
         (Act("wave", "right"),), "happy",
         (("you see a friend across the street", "a friend comes home", "what people do who see a friend"),
-         ("you see a friend who comes home", "what people do when a friend comes home")),
+         ("you see a friend who comes home", "what people do across the street")),
     ),
     "marathon": (
         (Act("walk", path="straight"),), "tired",
@@ -86,7 +86,7 @@ CONCEPTS: dict[str, tuple[tuple[Act, ...], str, Table]] = {
     "party": (
         (Act("dance"),), "happy",
         (("it is a party with music", "the music plays at a party", "what people do at a party"),
-         ("what people do when the music plays",)),
+         ("what people do at a party with music",)),
     ),
 }  # fmt: skip
 EVERY = tuple(CONCEPTS)

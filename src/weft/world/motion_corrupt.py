@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from weft.motion.clip import Motion
 from weft.record import Record
+from weft.rng import numpy_rng
 from weft.world.motion_acts import clip_joints
+from weft.world.motion_oracle import judge
 from weft.world.motion_scripts import (
     ACTIONS,
     SPEEDS,
@@ -72,3 +75,26 @@ def corruptions(record: Record, rng: np.random.Generator) -> Iterator[tuple[str,
         yield "copy", Motion(clip_joints(Script.from_json(world["source"])))
     frames = clip_joints(target)
     yield "frozen", Motion(np.repeat(frames[:1], len(frames), axis=0))
+
+
+def baselines(records: Iterable[Record], seed: int = 0) -> dict[str, dict[str, float]]:
+    """What no skill reaches, by name: `exact` is the target itself, `chance` the clip of a random script, `copy` the
+    source as it was (records with one), `frozen` the target's first pose. Each has `success` (share of records),
+    `attributes` (mean share of attributes that are right) and `count`."""
+    rows: dict[str, list[tuple[bool, float]]] = defaultdict(list)
+    for record in records:
+        world = record.meta["motion"]
+        target = Script.from_json(world["target"])
+        exact = clip_joints(target)
+        other = draw_script(numpy_rng(seed, "motions/chance", record=record.id), target.split)
+        tried = {"exact": exact, "chance": clip_joints(other), "frozen": np.repeat(exact[:1], len(exact), axis=0)}
+        if world["source"] is not None:
+            tried["copy"] = clip_joints(Script.from_json(world["source"]))
+        for name, joints in tried.items():
+            verdict = judge(record, Motion(joints))
+            rows[name].append((verdict.success, float(np.mean(list(verdict.requests.values())))))
+    return {
+        name: {"success": float(np.mean([s for s, _ in r])), "attributes": float(np.mean([a for _, a in r])),
+               "count": float(len(r))}
+        for name, r in rows.items()
+    }  # fmt: skip

@@ -128,8 +128,8 @@ PATH = {"length": 0.15, "ahead": 0.15, "left": 0.15, "turn": 0.25, "wander": 0.3
 
 def _path(joints: np.ndarray, turn: np.ndarray, steps: int) -> list[float]:
     """Length and net displacement (saturating beyond two metres), net and superfluous turn in quarter turns, whether
-    the body faces where it goes, and the length of a step."""
-    middle = gaussian_filter1d(joints[:, 0][:, [0, 2]], 2.5, axis=0, mode="nearest")
+    the body faces where it goes, and the length of a step (fading where there is hardly a path)."""
+    middle = gaussian_filter1d(joints[:, 0][:, [0, 2]], 3.0, axis=0, mode="nearest")
     step = np.diff(middle, axis=0)
     length = np.linalg.norm(step, axis=1)
     total = length.sum()
@@ -143,7 +143,13 @@ def _path(joints: np.ndarray, turn: np.ndarray, steps: int) -> list[float]:
     forth = np.tanh(4 * going.sum() / max(total, 0.3))
     wander = np.abs(np.diff(quarter)).sum() - abs(quarter[-1] - quarter[0])
     sat = [float(2 * np.tanh(v / 2)) for v in (total, ahead, left)]
-    return [*sat, float(quarter[-1]), float(min(wander, 3.0)), float(forth), float(min(total / max(steps, 1), 1.5))]
+    return [
+        *sat,
+        float(quarter[-1]),
+        float(min(wander, 3.0)),
+        float(forth),
+        float(min(total, 1.0) * min(total / max(steps, 1), 1.5)),
+    ]
 
 
 TOLERANCE = np.concatenate([np.tile(list(SIGNALS.values()), 3), np.full(len(SWINGS), 0.4), [0.03], list(PATH.values())])

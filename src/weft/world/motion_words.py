@@ -128,7 +128,7 @@ SPEED_WORDS = {
 
 CAPTIONS: Table = (
     ("{a} {does}", "{a} {does}", "{a} is {doing}", "{do}", "show {a} {doing}", "{a} {doing}", "a clip of {a} {doing}"),
-    ("a clip: {a} is {doing}", "show a clip of {a} {doing}", "{a} is seen {doing}"),
+    ("a clip: {a} is {doing}", "show a clip of {a} {doing}", "a motion of {a} {doing}"),
 )
 SEQUENCES: Table = (
     ("{0}, then {1}", "{0} and then {1}", "first {0}, then {1}", "{0}, and after that {1}"),
@@ -146,7 +146,8 @@ EDITS: dict[str, Table] = {
     "slower": (("slow down", "do it slower", "reduce the speed", "move slower", "make it slower"),
                ("let it be slower", "it should be slower")),
     "speed": (
-        ("do it {v}", "move {v}", "change the speed: {v}", "keep the action, but do it {v}", "the same, but {v}"),
+        ("do it {v}", "move {v}", "change the speed: {v}", "let the person move {v}",
+         "keep the action, but do it {v}", "the same, but {v}"),
         ("keep the action, but move {v}", "change it: the same, but {v}"),
     ),
     "trajectory": (
