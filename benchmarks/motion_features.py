@@ -58,6 +58,16 @@ class Upstream:
         self._constants()
         return self.code.process_file(clip.copy(), self.layout.contact)[0].astype(np.float32)
 
+    def extract_float64(self, clip: np.ndarray) -> np.ndarray:
+        """The same code in double precision, which its own `.float()` calls would prevent."""
+        single, self.target = self.torch.Tensor.float, self.target.double()
+        self.torch.Tensor.float = self.torch.Tensor.double
+        try:
+            self._constants()
+            return self.code.process_file(clip.astype(np.float64), self.layout.contact)[0]
+        finally:
+            self.torch.Tensor.float, self.target = single, self.target.to(self.torch.float32)
+
     def retarget(self, clip: np.ndarray) -> np.ndarray:
         self._constants()
         return self.code.uniform_skeleton(clip, self.target)
@@ -71,6 +81,26 @@ class Upstream:
         skeleton.set_offset(self.target)
         data = self.torch.from_numpy(features)[None]
         return self.code.recover_from_rot(data, len(self.layout.joints), skeleton).numpy()
+
+
+def precisions(upstream: Upstream) -> dict[str, dict[str, float]]:
+    """Where limbs come near the opposite of their rest direction, float32 loses digits: whose, and how many?"""
+    from motion_clips import procedural
+
+    found: dict[str, dict[str, float]] = {}
+    for k in range(8):
+        clip = procedural(120, k, swing=1.6)
+        rows = {
+            "weft": extract(clip),
+            "public": upstream.extract(clip),
+            "public float64": upstream.extract_float64(clip),
+        }
+        for one, other in (("weft", "public"), ("weft", "public float64"), ("public", "public float64")):
+            worst = found.setdefault(f"{one} to {other}", {})
+            for name, block in HUMANML3D.blocks().items():
+                gap = float(np.abs(rows[one][:, block] - rows[other][:, block]).max())
+                worst[name] = max(worst.get(name, 0.0), gap)
+    return found
 
 
 def best(work: Callable[[], Any], rounds: int) -> float:
@@ -103,6 +133,7 @@ def main() -> None:
     for source, function in pairs:
         worst[f"from {source}"] = max(float(np.abs(recover(f, source) - function(f)).max()) for f in theirs)
 
+    precision = precisions(upstream)
     timed = {"extract": (best(lambda: [upstream.extract(c) for c in clips], 3), best(lambda: extract(clips), 7))}
     for source, function in pairs:
         slow = best(lambda function=function: [function(f) for f in theirs], 3)
@@ -111,10 +142,15 @@ def main() -> None:
     commit = subprocess.run(["git", "-C", options.upstream, "rev-parse", "HEAD"], capture_output=True, text=True)
     print(f"upstream {commit.stdout.strip()[:12] or 'unknown'}, {len(clips)} clips, {sum(map(len, clips))} frames\n")
     print("largest difference: " + ", ".join(f"{k} {v:.1e}" for k, v in worst.items()) + "\n")
+    for name, difference in precision.items():
+        print(
+            f"limbs that swing up to half a turn, {name}: " + ", ".join(f"{k} {v:.1e}" for k, v in difference.items())
+        )
+    print()
     for name, (slow, fast) in timed.items():
         print(f"{name:16} public {1e3 * slow:8.1f} ms   weft {1e3 * fast:7.1f} ms   {slow / fast:6.1f} x")
     if options.json:
-        figures = {"commit": commit.stdout.strip(), "difference": worst, "seconds": timed}
+        figures = {"commit": commit.stdout.strip(), "difference": worst, "precision": precision, "seconds": timed}
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
 
 

@@ -52,6 +52,26 @@ def test_public_code_humanml3d(k: int) -> None:
         assert np.abs(recover(theirs, source) - GOLDEN[f"humanml3d.{k}.from_{source}"]).max() < 1e-5
 
 
+def test_wide_swings_against_the_public_code_in_double_precision() -> None:
+    """Limbs that swing up to half a turn are badly conditioned, and it is the public float32 code that loses digits.
+
+    Near the opposite of a bone's rest direction the shortest rotation is a quotient of small numbers. The public code
+    computes it in float32 and then departs from itself in float64 by up to 2e-5 (positions) and 2e-4 (6D) and more on
+    unlucky frames; ours stays within 5e-6 and 2e-5 of the double-precision values on the same clips. So parity to
+    1e-5 (6D 1e-4) with the float32 release cannot hold there, and a difference is no error of ours
+    (`benchmarks/motion_features.py` prints all three distances).
+    """
+    wide = load_file(Path(__file__).parent / "golden" / "motion_float64.safetensors")
+    theirs = {"positions": 0.0, "rotations": 0.0}
+    for k in range(2):
+        found = blocks_differ(extract(wide[f"{k}.joints"]), wide[f"{k}.float64"], HUMANML3D)
+        assert found.pop("contacts") == 0
+        assert found.pop("rotations") < 2e-5 and max(found.values()) < 5e-6
+        for name, gap in blocks_differ(wide[f"{k}.float32"], wide[f"{k}.float64"], HUMANML3D).items():
+            theirs[name] = max(theirs.get(name, 0.0), gap)
+    assert theirs["rotations"] > 2e-5  # otherwise this test says nothing
+
+
 def test_public_code_kit() -> None:
     clip, theirs = GOLDEN["kit.0.joints"], GOLDEN["kit.0.features"]
     assert theirs.shape[1] == 251
@@ -252,5 +272,37 @@ def test_pinned_feet_stand_and_bones_keep_their_length() -> None:
     before = np.linalg.norm(motion.joints[:, 1:] - motion.joints[:, list(HUMANML3D.parents[1:])], axis=-1)
     after = np.linalg.norm(fixed.joints[:, 1:] - fixed.joints[:, list(HUMANML3D.parents[1:])], axis=-1)
     assert np.abs(before - after).max() < 1e-4
+    assert np.abs(fixed.joints[:, 0] - motion.joints[:, 0])[:, [0, 2]].max() == 0  # the hips only come down
     ends = two_bones(np.zeros((1, 3)), np.array([[0, -0.4, 0.1]]), np.array([[0, -5.0, 0]]), *np.full((2, 1), 0.4))
     assert np.allclose(ends[1], [[0, -0.8, 0]], atol=1e-3)
+
+
+def test_a_heel_that_lifts_does_not_drag_the_toe() -> None:
+    """Heel strike, flat, roll over the toe: holding the foot's middle still would move a toe that never slid."""
+    frames, joints = 24, np.repeat(procedural(1, 0, swing=0.0), 24, axis=0).astype(np.float64)
+    t = np.linspace(0, 1, frames)
+    joints += (0.25 * (t - 0.5))[:, None, None] * np.array([0.0, 0, 1])  # the body travels over the foot
+    hip, knee, ankle, toe = 1, 4, 7, 10
+    joints[:, toe] = [joints[12, hip, 0], 0.02, 0.05]
+    foot, pitch = 0.15, 0.15 + 0.9 * np.clip(t - 0.5, 0, 1) ** 2  # the heel rises in the second half
+    joints[:, ankle] = joints[:, toe] + foot * np.stack([0 * t, np.sin(pitch), -np.cos(pitch)], axis=-1)
+    upper, lower = 0.4, 0.42
+    joints[:, [hip, 2]] += np.array([0, joints[0, ankle, 1] + 0.78 - joints[0, hip, 1], 0])
+    start = joints[:, hip] + [0, -0.3, 0.2]
+    joints[:, knee], joints[:, ankle] = two_bones(
+        joints[:, hip], start, joints[:, ankle], *np.full((2, frames), [[upper], [lower]])
+    )
+    down = np.zeros((frames, 4), dtype=bool)
+    down[:, 1], down[:12, 0] = True, True
+    motion = Motion(joints)
+    fixed = pin_feet(motion, touching=down)
+    assert np.abs(fixed.joints[:, toe] - motion.joints[:, toe]).max() < 1e-4
+    assert np.abs(fixed.joints - motion.joints).max() < 1e-3  # nothing slid, so nothing moves
+    slid = motion.joints.copy()
+    slid[:, [ankle, toe]] += (0.06 * t)[:, None, None] * np.array([1.0, 0, 0])
+    fixed = pin_feet(Motion(slid), touching=down)
+    assert (
+        P.speeds(fixed.joints[:, [toe]], 20, plane=True).max() < 0.01 < P.speeds(slid[:, [toe]], 20, plane=True).min()
+    )
+    with pytest.raises(WeftError, match="touching"):
+        pin_feet(motion, touching=down[:3])

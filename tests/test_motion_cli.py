@@ -130,3 +130,133 @@ def test_records_hold_movements(clip: Motion, tmp_path: Path) -> None:
     (tmp_path / "a.amc").write_text("1\n")
     with pytest.raises(WeftError, match="convert it to .bvh"):
         write_records(tmp_path / "x.jsonl", [make_record("walk", tmp_path / "a.amc")])
+
+
+ACCLAIM_LIKE = {"pelvis": "Hip", "neck": ["Chest", "Head", 0.5]}
+
+
+def folder_of_clips(folder: Path, clip: Motion) -> Path:
+    (folder / "02").mkdir(parents=True)
+    write_motion(clip, folder / "02" / "02_01.bvh")
+    write_motion(Motion(clip.joints * 1.0, 30), folder / "02" / "02_02.npz")
+    (folder / "02" / "02_03.bvh").write_text("HIERARCHY\nROOT a\n{\n")
+    (folder / "d.csv").write_text('Subject,Trial #,"Motion Description",fps\n2,1,"walk, turn left",120\n2,2,run,120\n')
+    return folder
+
+
+def test_convert_files(run: Run, clip: Motion, tmp_path: Path) -> None:
+    clips = folder_of_clips(tmp_path / "in", clip)
+    one = clips / "02" / "02_01.bvh"
+    for name in ("a.glb", "a.npz", "a.gif", "a.mp4"):
+        small = ("--size", 32) if name in ("a.gif", "a.mp4") else ()
+        words = ("data", "convert", one, "-o", tmp_path / name, "--fps", 10, *small)
+        assert run(*words)[:2] == (0, f"{tmp_path / name}\n")
+    assert read_motion(tmp_path / "a.npz").fps == 10 and len(read_motion(tmp_path / "a.npz")) == 12
+    assert run("data", "convert", one, "-o", tmp_path / "f.npy", "--to", "features", "--heading", "correct")[0] == 0
+    assert np.abs(np.load(tmp_path / "f.npy") - read_motion(one).features(heading="correct")).max() < 1e-6
+    status, out, err = run("data", "convert", clips, "-o", tmp_path / "out", "--to", "glb", "--place")
+    assert status == 1 and "02_03.bvh" in err and "2 files, 1 faults" in err
+    found = read_motion(tmp_path / "out" / "02" / "02_02.glb", fps=30)
+    assert len(found) == 24 and np.abs(found.joints[0, 0, [0, 2]]).max() < 1e-4
+    table = {k: k for k in clip.layout.joints}
+    (tmp_path / "t.json").write_text(json.dumps(table | {"spine2": ["spine1", "spine3", 0.4]}))
+    assert run("data", "convert", one, "-o", tmp_path / "t.npy", "--skeleton", tmp_path / "t.json")[0] == 0
+    moved = np.load(tmp_path / "t.npy") - read_motion(one).joints
+    assert np.abs(np.delete(moved, 6, axis=1)).max() < 1e-6 < 1e-3 < np.abs(moved[:, 6]).max()
+    is_one_line(run("data", "convert", one, "-o", tmp_path / "x.bvh", "--skeleton", "poser"), "poser", "mixamo")
+    is_one_line(run("data", "convert", one, "-o", tmp_path / "x.bvh", "--skeleton", "mixamo"), "no joint 'Hips'")
+    is_one_line(run("data", "convert", one, "-o", tmp_path / "x.npy", "--heading", "correct"), "--heading does nothing")
+    is_one_line(run("data", "convert", one, "-o", tmp_path / "x.npz", "--exact"), "exact does nothing")
+    is_one_line(run("data", "convert", one, "-o", tmp_path / "x.glb", "--to", "bvh"), "contradict")
+    is_one_line(run("data", "convert", clips, "-o", tmp_path / "x.glb"), "folder")
+    is_one_line(run("data", "convert", one, "-o", tmp_path / "x.glb", "--task", "edit"), "--task does nothing")
+    is_one_line(run("data", "convert", one, "-o", tmp_path / "x.jsonl", "--fps", 20), "--fps does nothing")
+    is_one_line(run("data", "convert", clips / "02" / "02_03.bvh", "-o", tmp_path / "x.glb"), "02_03.bvh", "cut off")
+
+
+def test_feature_folder_and_records(run: Run, clip: Motion, tmp_path: Path) -> None:
+    clips, out = folder_of_clips(tmp_path / "in", clip), tmp_path / "set"
+    words = ("data", "convert", clips, "-o", out, "--to", "humanml3d", "--captions", clips / "d.csv")
+    status, _, err = run(*words)
+    assert status == 1 and "4 files, 1 faults" in err
+    assert (out / "all.txt").read_text().split() == ["02_02_01", "M02_02_01", "02_02_02", "M02_02_02"]
+    assert (
+        (out / "texts" / "M02_02_01.txt").read_text().startswith("walk, turn right#walk/OTHER turn/OTHER right/OTHER#")
+    )
+    assert np.load(out / "Std.npy").shape == (263,) and np.load(out / "new_joints" / "02_02_02.npy").shape[1:] == (
+        22,
+        3,
+    )
+    made = tmp_path / "h.jsonl"
+    options = ("--option", "split=all", "--option", "least=10")
+    assert run("data", "convert", out, "-o", made, "--kind", "humanml3d", *options)[0] == 0
+    assert [r.instruction for r in read_records(made)][1] == "walk, turn right"
+
+    made = tmp_path / "cmu" / "r.jsonl"
+    common = ("data", "convert", clips, "-o", made, "--kind", "motion", "--option", f"captions={clips / 'd.csv'}")
+    is_one_line(run(*common), "2 of 3 rows are bad", "02_03")
+    pieces = ("--option", "max_faults=0.5", "--option", "window=0.5", "--option", "least=0.4", "--option", "fps=20")
+    status, _, err = run(*common, *pieces)
+    assert status == 0 and "02_03.bvh" in err
+    records = list(read_records(made))
+    assert [(r.instruction, r.meta["frames"]) for r in records] == [
+        ("walk, turn left", [0, 10]), ("walk, turn left", [10, 20]), ("run", [0, 10]),
+    ]  # fmt: skip
+    target = records[1].target
+    assert target and np.abs(load_part(target, records[1].root).joints - clip.joints[10:20]).max() < 0.05
+    status, text, _ = run("data", "check", made)
+    assert status == 0 and "movements: 3, 1.5 s in all (humanml3d 3)" in text
+    next((made.parent / "media").iterdir()).write_bytes(b"PK")
+    status, text, _ = run("data", "check", made)
+    assert status == 1 and "damaged" in text
+    is_one_line(run(*common, "--option", "window=-1"), "window", "above 0")
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    common = ("data", "convert", clips, "-o", made, "--kind", "motion", "--option", f"captions={tmp_path / 'bad.csv'}")
+    is_one_line(run(*common), "expected name and caption")
+
+
+def test_show(run: Run, clip: Motion, tmp_path: Path) -> None:
+    records = [
+        make_record("slower", clip, target=clip.mirror(), id="<b>"),
+        make_record("a star", target=Image.new("RGB", (8, 8)), id="p"),
+    ]
+    write_records(tmp_path / "r.jsonl", records)
+    status, out, _ = run("data", "show", tmp_path / "r.jsonl")
+    assert status == 0 and out.split() == [str(tmp_path / n) for n in ("r.html", "r-motion.html")]
+    page = (tmp_path / "r-motion.html").read_text()
+    data = json.loads(page.split('id="clips">')[1].split("</script>")[0])
+    assert data["scenes"][0]["title"] == "<b>" and "<b>" not in page
+    assert [c["name"] for c in data["scenes"][0]["clips"]] == ["source", "target"]
+    assert data["scenes"][0]["text"] == "edit: slower"
+    write_motion(clip, tmp_path / "w.bvh")
+    assert run("data", "show", tmp_path / "w.bvh")[:2] == (0, f"{tmp_path / 'w.html'}\n")
+
+
+def test_build_humanml3d_from_amass(run: Run, tmp_path: Path) -> None:
+    from test_motion_files import body_file
+
+    (tmp_path / "smplh" / "male").mkdir(parents=True)
+    body_file(tmp_path / "smplh" / "male" / "model.npz")
+    amass = tmp_path / "amass"
+    rng = np.random.default_rng(0)
+    for name, rate in (("CMU/05/05_07", 120.0), ("Transitions_mocap/a/b", 60.0)):
+        (amass / name).parent.mkdir(parents=True)
+        poses = np.cumsum(rng.normal(size=(360, 66)) * 0.004, axis=0)
+        np.savez(amass / f"{name}_poses.npz", poses=poses, trans=poses[:, :3], betas=np.zeros(16), gender="male",
+                 mocap_framerate=rate)  # fmt: skip
+    (tmp_path / "index.csv").write_text(
+        "source_path,start_frame,end_frame,new_name\n"
+        "./pose_data/CMU/05/05_07_poses.npy,0,50,000218.npy\n"
+        "./pose_data/Transitions_mocap/a/b_poses.npy,5,-1,000219.npy\n"
+    )
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "000218.txt").write_text("a man turns left#a/DET man/NOUN turn/VERB left/ADV#0.0#0.0\n")
+    words = ("data", "convert", amass, "-o", tmp_path / "h", "--to", "humanml3d", "--index", tmp_path / "index.csv")
+    status, out, err = run(*words, "--bodies", tmp_path / "smplh", "--captions", tmp_path / "texts")
+    assert status == 0 and "2 clips, 4 with mirrors, 2 texts, 0 left out" in err
+    # 360 frames at 60 fps: every third, less half a second, 5 to the last but one, less one for the differences
+    assert len(np.load(tmp_path / "h" / "new_joint_vecs" / "000219.npy")) == 120 - 10 - 5 - 1 - 1
+    assert len(np.load(tmp_path / "h" / "new_joint_vecs" / "M000218.npy")) == 49
+    assert np.load(tmp_path / "h" / "Mean.npy").shape == (263,)
+    is_one_line(run(*words), "--bodies")
+    is_one_line(run(*words, "--bodies", tmp_path / "smplh", "--place"), "--place does nothing")

@@ -15,16 +15,19 @@ from motion_clips import procedural
 from weft.errors import WeftError
 from weft.motion import (
     HUMANML3D,
+    KIT,
     Motion,
     Rig,
     from_features,
     load_part,
+    mirror,
     place,
     read_motion,
     retarget,
     to_motion,
     write_motion,
 )
+from weft.motion.figure import SOLIDS, solids
 from weft.motion.files.acclaim import read_amc
 from weft.motion.files.amass import amass_joints, read_body
 from weft.motion.files.bvh import read_bvh, write_bvh
@@ -32,7 +35,7 @@ from weft.motion.files.humanml3d import build, read_captions, records
 from weft.motion.ik import solve
 from weft.motion.render import render_frames
 from weft.motion.rotation import from_axis_angle, rotate
-from weft.motion.viewer import viewer_page
+from weft.motion.viewer import Scene, viewer_page, write_viewer
 from weft.record import motion_part, read_records, write_records
 
 BLENDER = shutil.which("blender")
@@ -374,9 +377,29 @@ def test_viewer(clip: Motion) -> None:
     page = viewer_page([clip, clip.mirror()], names=["</script><b>", "mirrored"], title="<walk>")
     assert "&lt;walk&gt;" in page and "</script><b>" not in page and "http" not in page
     data = json.loads(page.split('id="clips">')[1].split("</script>")[0])
-    assert len(data) == 2 and data[0]["frames"] == len(clip)
-    with pytest.raises(WeftError):
-        viewer_page([])
+    (scene,) = data["scenes"]
+    assert [c["frames"] for c in scene["clips"]] == [len(clip)] * 2
+    assert {name: body["joints"] for name, body in data["bodies"].items()} == {"humanml3d": 22, "kit": 21}
+    assert (
+        len(json.loads(viewer_page([Scene([clip])] * 3).split('id="clips">')[1].split("</script>")[0])["scenes"]) == 3
+    )
+    for bad in ([], [Scene([])], [clip] * 5, [clip, Scene([clip])]):
+        with pytest.raises(WeftError):
+            viewer_page(bad)
+
+
+def test_the_body_is_one_table_for_every_skeleton() -> None:
+    for layout, unit in ((HUMANML3D, 1.0), (KIT, 0.001)):
+        joints = procedural(3, 2, layout=layout, swing=0.1) * unit
+        starts, stops, radii = solids(joints, layout)
+        assert starts.shape == stops.shape == (3, len(SOLIDS), 3) and radii.shape == (len(SOLIDS), 2)
+        near = np.linalg.norm(starts[:, :, None] - joints[:, None], axis=-1).min(axis=-1)
+        assert np.isfinite(stops).all() and near.max() < 0.45 and (radii > 0).all()
+    joints = procedural(3, 2, swing=0.1)
+    mirrored = solids(mirror(joints), HUMANML3D)[0] * [-1, 1, 1]
+    assert np.abs(np.sort(mirrored, axis=1) - np.sort(solids(joints, HUMANML3D)[0], axis=1)).max() < 1e-5
+    twice = solids(2 * joints, HUMANML3D)
+    assert np.allclose(twice[0], 2 * solids(joints, HUMANML3D)[0], atol=1e-4)
 
 
 @pytest.mark.slow
@@ -395,3 +418,32 @@ def test_blender_has_the_same_joints(clip: Motion, tmp_path: Path, suffix: str, 
     assert len(found["frames"]) == len(motion)
     joints = np.array([[frame[name] for name in HUMANML3D.joints] for frame in found["frames"]])
     assert np.abs(joints - motion.joints).max() < 1e-3
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_viewer_draws_in_a_browser(clip: Motion, tmp_path: Path) -> None:
+    """Two scenes, the second opened at a moment by its address: both clips in their colours, no script error."""
+    page, shot = tmp_path / "v.html", tmp_path / "v.png"
+    scenes = [Scene([clip], title="one"), Scene([clip, clip.mirror()], ["a", "b"], "two", "an instruction")]
+    write_viewer(scenes, page, title="test")
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,500", "--virtual-time-budget=2000",
+        "--enable-logging=stderr", f"--screenshot={shot}", f"{page.as_uri()}#scene=2&time=0.5",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert shot.is_file(), done.stderr[-2000:]
+    assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    left, right = pixels[60:440, 245:570], pixels[60:440, 575:]
+
+    def share(part: np.ndarray, high: int, low: int) -> float:
+        return float(((part[..., high] - part[..., low]) > 60).mean())
+
+    assert share(left, 2, 0) > 0.003 and share(left, 0, 2) > 0.003  # blue and orange limbs
+    assert share(right, 1, 0) > 0.003  # the second clip's green ones
+    assert share(right, 0, 2) < share(left, 0, 2)

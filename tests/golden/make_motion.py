@@ -1,10 +1,12 @@
-"""Makes motion_features.safetensors by running the public feature code on procedural clips.
+"""Makes motion_features and motion_float64 .safetensors by running the public feature code on procedural clips.
 
     python tests/golden/make_motion.py PATH_OF_MOMASK_CODES
 
 The numbers in the repository: EricGuo5513/momask-codes, commit 94a6636c9c463b7a9414c3401a6f1b67e6c51824,
 utils/motion_process.py (uniform_skeleton, process_file, recover_from_ric, recover_from_rot), fp32 as it computes.
-KIT's reference skeleton is not public: its clip is retargeted to bones of 100, 110, ... mm.
+The second file holds clips whose limbs swing up to half a turn, features by the same code in float64 (its `.float()`
+calls replaced), stored as float32. KIT's reference skeleton is not public: its clip is retargeted to bones of 100,
+110, ... mm.
 """
 
 from __future__ import annotations
@@ -48,6 +50,19 @@ def main() -> None:
     }
     arrays = {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in out.items()}
     save_file(arrays, Path(__file__).with_name("motion_features.safetensors"))
+    wide_swings(sys.argv[1])
+
+
+def wide_swings(path: str) -> None:
+    upstream, arrays = Upstream(path, HUMANML3D), {}
+    for k, seed in enumerate((0, 2)):
+        clip = procedural(40, seed, swing=1.6)
+        arrays |= {
+            f"{k}.joints": clip,
+            f"{k}.float64": upstream.extract_float64(clip).astype(np.float32),
+            f"{k}.float32": upstream.extract(clip),
+        }
+    save_file(arrays, Path(__file__).with_name("motion_float64.safetensors"))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from weft.cli.options import MOVEMENTS, File, check_file, check_folder, refuse
 from weft.errors import WeftError
 
 if TYPE_CHECKING:
+    from weft.motion.viewer import Scene
     from weft.record import Record
     from weft.report.page import Comparison
 
@@ -39,12 +40,13 @@ class Check:
 
 @dataclass
 class Show:
-    """An HTML page of records: input pictures, instruction, target."""
+    """An HTML page of records: inputs, instruction, target. Movements play in it; where a file holds pictures, too,
+    they have a second page (NAME-motion.html)."""
 
     path: Positional[Path]
-    """A JSONL file of records."""
+    """A JSONL file of records, or a motion file."""
     out: Annotated[File, tyro.conf.arg(aliases=["-o"])] = None
-    """The page to write; default: beside the records, with the suffix .html."""
+    """The page to write; default: beside the file, with the suffix .html."""
     count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 50
     """How many records, from the first."""
     start: int = 0
@@ -54,15 +56,33 @@ class Show:
         check_file(self.path, "records file")
         out = self.out or self.path.with_suffix(".html")
         check_folder(out.parent)
-        from weft.record import read_records
-        from weft.report.page import Page
+        from weft.record import MOTION_SUFFIXES, read_records
+
+        if self.path.suffix.lower() in MOTION_SUFFIXES:
+            from weft.motion import read_motion
+            from weft.motion.viewer import write_viewer
+
+            write_viewer([read_motion(self.path).placed()], out, title=self.path.name)
+            print(out)
+            return 0
 
         records = list(itertools.islice(read_records(self.path), self.start, self.start + self.count))
         if not records:
             raise WeftError(f"{self.path}: no record from number {self.start} on; lower --start")
-        page = Page(f"{self.path.name}", facts={"file": str(self.path), "records shown": len(records)})
-        page.section("Records").comparisons([_card(record) for record in records])
-        print(page.write(out))
+        moving = [r for r in records if any(p.type == "motion" for turn in r.turns for p in turn.parts)]
+        still = [r for r in records if r not in moving]
+        if still:
+            from weft.report.page import Page
+
+            page = Page(f"{self.path.name}", facts={"file": str(self.path), "records shown": len(still)})
+            page.section("Records").comparisons([_card(record) for record in still])
+            print(page.write(out))
+        if moving:
+            from weft.motion.viewer import write_viewer
+
+            place = out.with_stem(f"{out.stem}-motion") if still else out
+            write_viewer([_scene(record) for record in moving], place, title=self.path.name)
+            print(place)
         return 0
 
 
@@ -133,6 +153,23 @@ def _pairs(words: Sequence[str], option: str) -> dict[str, str]:
             raise WeftError(f"{option} {word!r} is not KEY=VALUE")
         pairs[key] = value
     return pairs
+
+
+def _scene(record: Record) -> Scene:
+    """A record's movements side by side, under all that is said."""
+    from weft.motion import load_part
+    from weft.motion.viewer import MOST, Scene
+
+    parts = [(turn.role, part) for turn in record.turns for part in turn.parts]
+    moves = [(role, part) for role, part in parts if part.type == "motion"]
+    if len(moves) > MOST:  # the beginning and the end of a long chain
+        moves = [*moves[: MOST - 1], moves[-1]]
+    names = [
+        part.role or ("target" if role == "assistant" else f"motion {k}") for k, (role, part) in enumerate(moves, 1)
+    ]
+    words = " / ".join(f"{part.text}" for _, part in parts if part.type == "text" and (part.text or "").strip())
+    clips = [load_part(part, record.root, fps=None) for _, part in moves]
+    return Scene(clips, names, title=record.id, text=f"{record.task}: {words}")
 
 
 def _card(record: Record) -> Comparison:

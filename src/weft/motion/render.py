@@ -238,12 +238,17 @@ class _Canvas:
         self.light.draw(starts, stops, radii)
         self.below.draw(starts, stops, radii)
         colour = self.background.copy()
-        self._shade_floor(colour)
+        self._shade_floor(colour, np.concatenate([starts, stops]), float(radii.max()) + 0.3)
         self._draw(colour, starts, stops, radii, colours)
         return Image.fromarray((np.clip(colour, 0, 1) * 255 + 0.5).astype(np.uint8)).reduce(2)
 
-    def _shade_floor(self, colour: np.ndarray) -> None:
-        near = self.down & (np.abs(self.place - self.centre[[0, 2]]).max(axis=-1) < 4 * self.camera.distance)
+    def _shade_floor(self, colour: np.ndarray, points: np.ndarray, margin: float) -> None:
+        """Shadows of figures with ends `points` [2S, 3], which reach `margin` metres further."""
+        fallen = points - points[:, 1:2] / _LIGHT[1] * _LIGHT
+        both = np.concatenate([points, fallen])[:, [0, 2]]
+        low, high = (both.min(axis=0) - margin).astype("f4"), (both.max(axis=0) + margin).astype("f4")
+        x, z = self.place[..., 0], self.place[..., 1]
+        near = self.down & (x > low[0]) & (x < high[0]) & (z > low[1]) & (z < high[1])
         points = np.zeros((int(near.sum()), 3))
         points[:, [0, 2]] = self.place[near]
         shadow, ground = self.light.covered(points), self.below.covered(points)
@@ -271,17 +276,17 @@ class _Canvas:
         if not seen.any():
             return
         total = np.zeros((self.height, self.width), dtype=np.float32)
-        mixed = np.zeros((self.height, self.width, 6), dtype=np.float32)  # normal, colour
+        mixed = np.zeros((6, self.height, self.width), dtype=np.float32)  # normal, colour
         for box, far, ox, oy, rise, counts, paint in hits:
             near = np.where(np.isfinite(far), nearest[box], 0)
             weight = np.where(np.isfinite(far), counts * np.exp(-_BLEND * np.minimum(far - near, 1)), 0)
             total[box] += weight
             for k, part in enumerate((ox, -oy, rise, *paint)):
-                mixed[box][..., k] += weight * part
-        mixed = mixed[seen] / total[seen][:, None]
-        normal = mixed[:, :3] / np.maximum(np.linalg.norm(mixed[:, :3], axis=-1, keepdims=True), 1e-6)
+                mixed[k][box] += weight * part
+        found = (mixed[:, seen] / total[seen]).T
+        normal = found[:, :3] / np.maximum(np.linalg.norm(found[:, :3], axis=-1, keepdims=True), 1e-6)
         points = self.eye + self.rays[seen] * (nearest[seen] / self.focal)[:, None]
-        colour[seen] = self._shaded(normal, mixed[:, 3:], points)
+        colour[seen] = self._shaded(normal, found[:, 3:], points)
 
     def _shaded(self, normal: np.ndarray, paint: np.ndarray, points: np.ndarray) -> np.ndarray:
         """Key light with shadows, sky and floor light by the normal, a gloss and a bright rim."""
