@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from weft.errors import WeftError
 from weft.motion import extract, load_part, recover
 from weft.motion import physics as P
-from weft.record import Record
+from weft.record import Record, read_records, write_records
 from weft.world.endless import split_of
 from weft.world.motion_acts import clip_joints
 from weft.world.motion_concepts import CONCEPTS
@@ -208,3 +209,17 @@ def test_bad_arguments_are_named() -> None:
         records("train", kinds=["recolour"])
     with pytest.raises(WeftError, match="unknown split"):
         records("training")
+
+
+def test_records_are_written_and_read_as_files(tmp_path: Path) -> None:
+    world = records("val", 3, seed=1, tasks=["between", "edit"])
+    assert write_records(tmp_path / "all.jsonl", world) == 3
+    for made, read in zip(world, read_records(tmp_path / "all.jsonl"), strict=True):
+        assert read.meta == made.meta
+        pairs = [
+            (a, b) for s, t in zip(made.turns, read.turns, strict=True) for a, b in zip(s.parts, t.parts, strict=True)
+        ]
+        for a, b in pairs:
+            assert (a.type, a.role, a.text) == (b.type, b.role, b.text)
+            if a.type == "motion":
+                assert np.abs(load_part(a).joints - load_part(b, read.root).joints).max() < 1e-5

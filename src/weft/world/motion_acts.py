@@ -40,15 +40,16 @@ MAKERS: dict[str, Callable[[Act, Manner], Take]] = {
 def clip_joints(script: Script) -> np.ndarray:
     """The joints of a script, [T, 22, 3] float32 at 20 fps, metres: on the floor, from the origin, facing +z."""
     j = [v / JITTER for v in script.jitter]
+    brief = len(script.acts) > 1
     manner = Manner(
         style=STYLE[script.style],
-        tempo=TEMPO[script.speed] * (1 + 0.05 * j[0]),
+        tempo=TEMPO[script.speed] * (1 + 0.05 * j[0]) * (1.2 if brief else 1.0),
         size=j[1],
         length=j[2],
         more=j[3],
         late=j[4],
         first=int(script.jitter[5] % 2),
-        brief=len(script.acts) > 1,
+        brief=brief,
     )
     joints = joints_of(join([MAKERS[act.action](act, manner) for act in script.acts]))
     joints[..., 1] -= joints[..., 1].min()

@@ -8,7 +8,7 @@ import numpy as np
 
 from weft.world.motion_body import Take
 from weft.world.motion_gait import ease, pulse, stepping, stride, travel, walking
-from weft.world.motion_manner import REST, Manner, begin, hold_hand, repeats, sides_of, start_of
+from weft.world.motion_manner import Manner, begin, hold_hand, repeats, sides_of, start_of
 from weft.world.motion_scripts import Act
 from weft.world.motion_styles import pose
 
@@ -56,7 +56,7 @@ def going(act: Act, how: Manner) -> Take:
     def root_at(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return travel(progress(t), total, heading, act.path == "back")
 
-    take, t = walking(start + (count + 0.4) * period + REST, root_at, style.stance)
+    take, t = walking(start + (count + 0.4) * period + how.rest, root_at, style.stance)
     pose(take, style, t)
     lift = 0.1 * max(style.lift, 0.6)
     stepping(
@@ -91,7 +91,7 @@ def going(act: Act, how: Manner) -> Take:
 def march(act: Act, how: Manner) -> Take:
     period = 0.52 / how.tempo
     count, start = (5 if how.brief or how.tempo < 0.8 else repeats(how, 6, 8)), start_of(how)
-    take, t = begin(start + (count + 0.3) * period + REST, how)
+    take, t = begin(start + (count + 0.3) * period + how.rest, how)
 
     def root_at(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((len(at), 2)), np.zeros(len(at))
@@ -118,7 +118,7 @@ def turn(act: Act, how: Manner) -> Take:
     def root_at(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((len(at), 2)), angle * ease((at - start) / span)
 
-    take, t = begin(start + (count + 0.2) * period + REST, how)
+    take, t = begin(start + (count + 0.2) * period + how.rest, how)
     take.yaw = root_at(t)[1]
     first = 0 if act.direction != "right" else 1
     stepping(take, t, root_at, count, period, start=start, duty=1.15, lift=0.09 * max(how.style.lift, 0.6), kick=0.3,
@@ -131,7 +131,7 @@ def jump(act: Act, how: Manner) -> Take:
     count = 1 if how.brief else repeats(how, 1, 2)
     down, up, fly, land, rise = 0.45 / how.tempo, 0.2, 0.44 + 0.03 * how.size, 0.16, 0.45 / how.tempo
     start, cycle = start_of(how), down + up + fly + land + rise + 0.15
-    take, t = begin(start + count * cycle + REST, how)
+    take, t = begin(start + count * cycle + how.rest, how)
     reach = (0.68 + 0.1 * how.length) if act.direction == "forward" else 0.0
     for k in range(count):
         at = start + k * cycle
@@ -158,7 +158,7 @@ def hop(act: Act, how: Manner) -> Take:
     count = 3 if how.brief or how.tempo < 0.8 else repeats(how, 4, 5)
     period, start = 0.62 / how.tempo**0.7, start_of(how) + 0.35
     fly = min(0.3 + 0.02 * how.size, 0.62 * period)
-    take, t = begin(start + count * period + 0.45 + REST, how)
+    take, t = begin(start + count * period + 0.45 + how.rest, how)
     lifted = pulse(t, start - 0.4, 0.35, count * period + 0.05, 0.35)
     reach, stance = 0.22 * (1 + 0.15 * how.length), how.style.stance / 2
     for k in range(count):
@@ -183,7 +183,7 @@ def hop(act: Act, how: Manner) -> Take:
 def squat(act: Act, how: Manner) -> Take:
     down, count, start = 0.7 / how.tempo, (1 if how.brief or how.tempo < 0.8 else repeats(how, 1, 2)), start_of(how)
     cycle = 2.3 * down
-    take, t = begin(start + count * cycle + REST, how)
+    take, t = begin(start + count * cycle + how.rest, how)
     low = np.sum([pulse(t, start + k * cycle, down, 0.2 * down, down) for k in range(count)], axis=0)
     take.height -= (0.42 + 0.04 * how.size) * low
     take.pitch += (0.45 - 0.5 * how.style.pitch) * low
@@ -212,7 +212,7 @@ def kick(act: Act, how: Manner) -> Take:
     sign = 1 if side == 0 else -1
     swing, count, start = 0.3 / how.tempo, 1 if how.brief or how.tempo < 0.8 else repeats(how, 1, 2), start_of(how)
     cycle = 4.6 * swing + 0.25
-    take, t = begin(start + count * cycle + REST, how)
+    take, t = begin(start + count * cycle + how.rest, how)
     height = 0.6 * (1 + 0.15 * how.size)
     for k in range(count):
         at = start + k * cycle

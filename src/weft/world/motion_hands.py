@@ -6,15 +6,15 @@ import numpy as np
 
 from weft.world.motion_body import Take
 from weft.world.motion_gait import ease, pulse
-from weft.world.motion_manner import REST, Manner, begin, hold_hand, repeats, sides_of, start_of
+from weft.world.motion_manner import Manner, begin, hold_hand, repeats, sides_of, start_of
 from weft.world.motion_scripts import Act
 
 
 def wave(act: Act, how: Manner) -> Take:
     rate, start = 1.35 * how.tempo, start_of(how)
-    count = (2.5 if how.brief else 3 + repeats(how, 0, 2)) if how.tempo > 0.8 else 2.5
+    count = 2 if how.brief else 2.5 if how.tempo < 0.8 else 3 + repeats(how, 0, 2)
     up = 0.55 / how.tempo**0.5
-    take, t = begin(start + 2 * up + count / rate + REST, how)
+    take, t = begin(start + 2 * up + count / rate + how.rest, how)
     share = pulse(t, start, up, count / rate - 0.1, up)
     wide = 0.17 * (1 + 0.12 * how.size)
     for side in sides_of(act):
@@ -26,7 +26,7 @@ def wave(act: Act, how: Manner) -> Take:
 def raise_hand(act: Act, how: Manner) -> Take:
     up, start = 0.75 / how.tempo, start_of(how)
     hold = 0.55 + 0.15 * how.more
-    take, t = begin(start + 2 * up + hold + REST, how)
+    take, t = begin(start + 2 * up + hold + how.rest, how)
     share = pulse(t, start, up, hold, up)
     way = np.sin(np.pi * share)  # the hand goes up in front of the body
     for side in sides_of(act):
@@ -40,7 +40,7 @@ def reach(act: Act, how: Manner) -> Take:
     sign = -1 if side == 0 else 1  # the shoulder comes forward
     out, start = 0.75 / how.tempo, start_of(how)
     hold = 0.45 + 0.1 * how.more
-    take, t = begin(start + 2 * out + hold + REST, how)
+    take, t = begin(start + 2 * out + hold + how.rest, how)
     share = pulse(t, start, out, hold, out)
     far = 1 + 0.06 * how.size
     if act.direction == "down":
@@ -62,7 +62,7 @@ def punch(act: Act, how: Manner) -> Take:
     blows = least if how.tempo < 0.8 else repeats(how, least, len(sides) + 3)
     cycle = 2.6 * hit
     total = blows * cycle
-    take, t = begin(start + 2 * raise_ + total + REST, how)
+    take, t = begin(start + 2 * raise_ + total + how.rest, how)
     guard = pulse(t, start, raise_, total, raise_)
     for side in (0, 1):
         hold_hand(take, side, guard, (-0.03, -0.06, 0.2), (0.5, -1, -0.1))
@@ -78,8 +78,8 @@ def punch(act: Act, how: Manner) -> Take:
 
 def clap(act: Act, how: Manner) -> Take:
     rate, start, up = 1.7 * how.tempo, start_of(how), 0.4 / how.tempo**0.5
-    count = 4 if how.brief or how.tempo < 0.8 else repeats(how, 4, 7)
-    take, t = begin(start + 2 * up + count / rate + REST, how)
+    count = 3 if how.brief else 4 if how.tempo < 0.8 else repeats(how, 4, 6)
+    take, t = begin(start + 2 * up + count / rate + how.rest, how)
     share = pulse(t, start, up, count / rate, up)
     apart = 0.5 + 0.5 * np.cos(2 * np.pi * rate * (t - start - up))
     hand = np.stack([-0.125 + (0.18 + 0.02 * how.size) * apart, -0.1 + 0 * t, 0.33 - 0.04 * apart], axis=-1)
@@ -91,7 +91,7 @@ def clap(act: Act, how: Manner) -> Take:
 def bow(act: Act, how: Manner) -> Take:
     down, start = 0.8 / how.tempo, start_of(how)
     hold = 0.35 + 0.1 * how.more
-    take, t = begin(start + 2 * down + hold + REST, how)
+    take, t = begin(start + 2 * down + hold + how.rest, how)
     share = pulse(t, start, down, hold, down)
     take.pitch += (1.05 + 0.08 * how.size - 0.75 * how.style.pitch) * share
     take.head[:, 0] += 0.2 * share
@@ -106,7 +106,7 @@ def dance(act: Act, how: Manner) -> Take:
     stance = how.style.stance
     lead = how.first
     sign = 1 if lead == 0 else -1
-    take, t = begin(start + (count + 0.5) * period + REST, how)
+    take, t = begin(start + (count + 0.5) * period + how.rest, how)
     order = [lead, 1 - lead, 1 - lead, lead]
     place = {0: stance / 2, 1: -stance / 2}
     x = {side: np.full(len(t), place[side]) for side in (0, 1)}

@@ -11,7 +11,6 @@ from weft.world.motion_gait import times
 from weft.world.motion_scripts import Act
 from weft.world.motion_styles import Style, pose
 
-REST = 0.4  # seconds of standing before and after an act
 SHORTEST = 2.05  # seconds: an act that is over sooner is followed by standing
 
 
@@ -29,17 +28,22 @@ class Manner:
     first: int
     brief: bool
 
+    @property
+    def rest(self) -> float:
+        """Seconds of standing before and after the act."""
+        return 0.3 if self.brief else 0.4
+
 
 def begin(seconds: float, how: Manner, strength: float = 1.0) -> tuple[Take, np.ndarray]:
     """A styled, standing take; the act begins at `start_of(how)`."""
-    t = times(max(seconds, SHORTEST))
+    t = times(seconds if how.brief else max(seconds, SHORTEST))
     take = stand(len(t), how.style.stance)
     pose(take, how.style, t, strength)
     return take, t
 
 
 def start_of(how: Manner) -> float:
-    return REST + 0.1 * how.late
+    return how.rest + 0.1 * how.late
 
 
 def sides_of(act: Act) -> tuple[int, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,10 +55,15 @@ class Movement:
         meta = {"canonical": self.script.canonical}
         return Motion(joints(self.script)[self.start : self.stop].copy(), meta=meta)
 
+    def save(self, path: str | Path) -> None:
+        """Writes the clip as a file; see `Motion.save`."""
+        self.load().save(path)
+
     @property
     def digest(self) -> str:
-        cut = "" if self.start == 0 and self.stop is None else f"-{self.start}-{self.stop}"
-        return f"{self.script.digest}-m{RENDERER}{cut}"
+        """SHA-256 of the script, the cut and the version of the program that makes clips."""
+        name = f"{self.script.digest} {self.start} {self.stop} {RENDERER}"
+        return hashlib.sha256(name.encode()).hexdigest()
 
 
 @dataclass(slots=True)
