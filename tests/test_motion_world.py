@@ -18,6 +18,7 @@ from weft.world.motion_acts import clip_joints
 from weft.world.motion_concepts import CONCEPTS
 from weft.world.motion_edits import HELD_OUT_KIND, KINDS, apply
 from weft.world.motion_phrases import MotionSpeaker, gerund, third
+from weft.world.motion_reader import judge_text, read
 from weft.world.motion_scripts import EVERY_ACT, HELD_OUT, STYLES, VARIANTS, Act, Script, draw_script
 from weft.world.motion_tasks import FRAMES, TASKS, joints
 from weft.world.motions import records, script_of
@@ -133,7 +134,7 @@ def words(record: Record) -> list[str]:
 def test_unseen_phrasings_use_known_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("weft.world.motions.length_fits", lambda script: True)  # the texts alone
     monkeypatch.setattr("weft.world.motion_tasks.joints", lambda script: np.zeros((80, 22, 3)))
-    known = Counter(w for r in records("train", 2500, tasks=tuple(TASKS)) for w in words(r))
+    known = Counter(w for r in records("train", 1500, tasks=tuple(TASKS)) for w in words(r))
     new = {w for r in records("test", 500, phrasing="unseen", tasks=tuple(TASKS)) for w in words(r)}
     assert {w for w in new if not known[w]} == set()
     texts = [r.instruction for r in records("train", 300, seed=2)]
@@ -149,6 +150,24 @@ def test_verbs_are_conjugated() -> None:
         for _ in range(8):
             said = speaker.act(act)
             assert "{" not in said and "*" in said and "None" not in said, said
+
+
+def test_captions_are_read_back() -> None:
+    rng = np.random.default_rng(1)
+    for unseen in (False, True):
+        speaker = MotionSpeaker(rng, unseen)
+        for script in some_scripts(400):
+            for text in (
+                speaker.caption(script)[0],
+                speaker.caption(script, answer=True)[0],
+                speaker.statement(script),
+            ):
+                seen = read(text)
+                assert (seen.acts, seen.style, seen.speed) == (script.acts, script.style, script.speed), text
+    assert read("the quick brown fox").unclear
+    record = records("test", 1, seed=3, tasks=["describe"])[0]
+    right = judge_text(record, record.turns[1].parts[0].text or "")
+    assert right.success and not judge_text(record, "a person bows like a zombie, then claps").success
 
 
 # --- tasks --------------------------------------------------------------------------------------------------------
@@ -214,12 +233,10 @@ def test_bad_arguments_are_named() -> None:
 def test_records_are_written_and_read_as_files(tmp_path: Path) -> None:
     world = records("val", 3, seed=1, tasks=["between", "edit"])
     assert write_records(tmp_path / "all.jsonl", world) == 3
-    for made, read in zip(world, read_records(tmp_path / "all.jsonl"), strict=True):
-        assert read.meta == made.meta
-        pairs = [
-            (a, b) for s, t in zip(made.turns, read.turns, strict=True) for a, b in zip(s.parts, t.parts, strict=True)
-        ]
-        for a, b in pairs:
+    for made, found in zip(world, read_records(tmp_path / "all.jsonl"), strict=True):
+        assert found.meta == made.meta
+        parts = [[p for t in r.turns for p in t.parts] for r in (made, found)]
+        for a, b in zip(*parts, strict=True):
             assert (a.type, a.role, a.text) == (b.type, b.role, b.text)
             if a.type == "motion":
-                assert np.abs(load_part(a).joints - load_part(b, read.root).joints).max() < 1e-5
+                assert np.abs(load_part(a).joints - load_part(b, found.root).joints).max() < 1e-5

@@ -8,6 +8,7 @@ from typing import Any
 from weft.world.motion_scripts import SPEEDS, STYLES, Act, Script
 from weft.world.motion_words import (
     ACTS,
+    ANSWERS,
     CAPTIONS,
     CLOCK,
     EDITS,
@@ -91,10 +92,10 @@ class MotionSpeaker(Voice):
                 words = f"{words}, {'all of it ' * self.rng.integers(2)}{extra[int(k)]}"
         return words
 
-    def caption(self, script: Script) -> tuple[str, str]:
-        """A caption of a script and its canonical form."""
+    def caption(self, script: Script, answer: bool = False) -> tuple[str, str]:
+        """A caption of a script (as a request, or as the answer to a question) and its canonical form."""
         words = self.acts(script)
-        frame = self.frame(CAPTIONS)
+        frame = self.frame(ANSWERS if answer else CAPTIONS)
         text = frame.format(a=pick(self.rng, SUBJECTS), does=third(words), doing=gerund(words), do=plain(words))
         return text, script.canonical
 

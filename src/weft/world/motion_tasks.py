@@ -105,7 +105,7 @@ def generate(rng: Rng, speaker: MotionSpeaker, kind: str, split: str) -> Draft |
 def describe(rng: Rng, speaker: MotionSpeaker, kind: str, split: str) -> Draft | None:
     """Motion to text."""
     script = draw_script(rng, split)
-    text, canonical = speaker.caption(script)
+    text, canonical = speaker.caption(script, answer=True)
     question = text_part(speaker.frame(QUESTIONS))
     turns = [user(clip(script, "source"), question), answer(text_part(text))]
     return Draft(turns, script, [script], "describe", canonical)

@@ -130,6 +130,10 @@ CAPTIONS: Table = (
     ("{a} {does}", "{a} {does}", "{a} is {doing}", "{do}", "show {a} {doing}", "{a} {doing}", "a clip of {a} {doing}"),
     ("a clip: {a} is {doing}", "show a clip of {a} {doing}", "a motion of {a} {doing}"),
 )
+ANSWERS: Table = (
+    ("{a} {does}", "{a} is {doing}", "{a} {doing}", "a motion of {a} {doing}"),
+    ("a clip of {a} {doing}", "a clip: {a} is {doing}"),
+)
 SEQUENCES: Table = (
     ("{0}, then {1}", "{0} and then {1}", "first {0}, then {1}", "{0}, and after that {1}"),
     ("first {0}, and after that {1}", "first {0} and then {1}"),
