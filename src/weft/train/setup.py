@@ -95,6 +95,8 @@ def choose_modules(recipe: Recipe, trainable: Trainable) -> dict[str, nn.Module]
 
 
 def _enable_checkpointing(name: str, module: Any) -> None:
+    if isinstance(module, nn.Linear):
+        return  # one layer, such as a critic's head: nothing would be computed again
     for method in ("enable_gradient_checkpointing", "gradient_checkpointing_enable"):  # diffusers, transformers
         if hasattr(module, method):
             getattr(module, method)()
