@@ -33,7 +33,8 @@ class ScorerConfig:
 
     `weight`: a number, or a schedule [[step, weight], ...]: linear between the points, constant beyond them.
     The value used is `offset` + `scale` x score (PickScore / 26: scale 1/26). With `watch` the scorer is only
-    measured, never trained on: a second judge, or an oracle, whose distance to the reward is logged.
+    measured, never trained on: a second judge, or an oracle, whose distance to the reward is logged; an expensive one
+    may look at a `share` of each batch only (at least one output, evenly spread).
     """
 
     name: str
@@ -42,6 +43,7 @@ class ScorerConfig:
     scale: float = 1.0
     offset: float = 0.0
     watch: bool = False
+    share: float = 1.0
 
 
 @dataclass(slots=True)
@@ -75,6 +77,10 @@ class Mixture:
             raise WeftError("reward: there is no scorer to train on (all are only watched)")
         for scorer in scorers:
             weight_at(scorer.weight, 0)  # refuses a malformed schedule
+            if not 0 < scorer.share <= 1:
+                raise WeftError(f"reward {scorer.name}: share {scorer.share} must lie above 0 and not above 1")
+            if scorer.share < 1 and not scorer.watch:
+                raise WeftError(f"reward {scorer.name}: only a watched scorer may look at a share of the outputs")
         self.scorers, self.combine = list(scorers), combine
 
     def score(self, batch: Sequence[Pair]) -> list[Score]:
@@ -86,7 +92,8 @@ class Mixture:
         parts: list[dict[str, float]] = [{} for _ in batch]
         reasons: list[list[str]] = [[] for _ in batch]
         for config in self.scorers:
-            for i, score in enumerate(ask_scorer(config, batch)):
+            seen = some(len(batch), config.share)
+            for i, score in zip(seen, ask_scorer(config, [batch[i] for i in seen]), strict=True):
                 if score.value is None:
                     reasons[i].append(f"{config.name}: {score.reason}")
                     continue
@@ -128,6 +135,12 @@ class Mixture:
                 values = np.where(np.isnan(mixed.total), np.nan, mixed.parts[name])
                 out = out + weight * normalised(values, keys, config)
         return reshape(clipped(out, config.clip), config)
+
+
+def some(count: int, share: float) -> list[int]:
+    """Which of `count` outputs a share is: about share x count of them, evenly spread, at least one of any."""
+    wanted = max(1, round(share * count))
+    return [k * count // wanted for k in range(min(wanted, count))]
 
 
 def weight_at(weight: Weight, step: int) -> float:

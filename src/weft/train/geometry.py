@@ -37,7 +37,9 @@ class RolloutRecipe:
 
     `steps`, `solver`, `kind`, `eta`, `guidance` and `negative` are those of `weft.sample.rollout.sample_flow`.
     `same_latent`: one initial noise per group (DanceGRPO). `workers`: threads that ask for rewards while the next
-    batch is made. `patience`: epochs in a row without anything to learn from before the run stops.
+    batch is made. `patience`: epochs in a row without anything to learn from before the run stops. `refill`: how often
+    an epoch makes groups of other requests in the place of those from which nothing is learned (filtered, without
+    rewards, or even where the method drops zero advantages), as DAPO does (arXiv 2503.14476, section 3.2).
     """
 
     groups: int = 48
@@ -55,6 +57,7 @@ class RolloutRecipe:
     same_latent: bool = False
     workers: int = 1
     patience: int = 3
+    refill: int = 0
 
     @property
     def samples(self) -> int:
@@ -79,6 +82,7 @@ class ScorerRecipe:
     scale: float = 1.0
     offset: float = 0.0
     watch: bool = False
+    share: float = 1.0
 
 
 @dataclass(slots=True)
@@ -96,6 +100,8 @@ def check_geometry(r: RolloutRecipe, micro: int, processes: int, records: int) -
     for name in ("groups", "batch", "updates", "inner_epochs", "steps", "workers", "patience"):
         if getattr(r, name) < 1:
             raise WeftError(f"rollout.{name} is {getattr(r, name)}; it must be at least 1")
+    if r.refill < 0:
+        raise WeftError(f"rollout.refill is {r.refill}; it is a number of rounds, 0 for none")
     if r.group_size < 2:
         raise WeftError(f"rollout.group_size is {r.group_size}; a group of fewer than 2 has nothing to compare")
     total = f"{r.groups} groups x {r.group_size} = {r.samples} samples"

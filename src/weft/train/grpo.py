@@ -29,9 +29,9 @@ from weft.sample import kernels
 from weft.sample.rollout import guided, pad_latents
 from weft.train.config import build
 from weft.train.geometry import RolloutRecipe
-from weft.train.method import Setting
+from weft.train.method import Cost, Setting
 from weft.train.online import Item, Online, chosen_steps
-from weft.train.policy import Policies, anchor_of, by_level, masked_mean, norm_excess, norm_ratio
+from weft.train.policy import Glance, Policies, anchor_of, by_level, masked_mean, norm_excess, norm_ratio
 from weft.types import Draw, Loss
 
 
@@ -82,6 +82,21 @@ def guard_log_ratio(mean: Tensor, x_next: Tensor, std: Tensor, z: Tensor, valid:
     return masked_mean(z * (mean - (x_next - shaped * z)), valid)
 
 
+def levels(o: GrpoOptions, rollout: RolloutRecipe) -> int:
+    """Steps trained per sample: the window, or of a whole trajectory the fraction (never the last one at random)."""
+    if rollout.window is not None:
+        return rollout.window.size
+    limit = rollout.steps if o.timesteps == "first" else rollout.steps - 1
+    return min(int(rollout.steps * o.timestep_fraction), limit)
+
+
+def cost(options: dict[str, Any], rollout: RolloutRecipe, lora: bool) -> Cost:
+    """For `plan`."""
+    o: GrpoOptions = build(GrpoOptions, options, "method.options")
+    anchored = o.kl > 0 or o.norm_guard > 0
+    return Cost(levels(o, rollout), int(anchored), int(anchored and anchor_of(o.reference, lora) == "start"))
+
+
 class Grpo:
     """The objective of the Flow-GRPO family: what it needs of rollouts, and the loss of (sample, step) items."""
 
@@ -101,6 +116,7 @@ class Grpo:
         self.policies = Policies(setting.trained, setting.parameters, old=False, start=start)
         self.rollout: RolloutRecipe = setting.rollout
         self.worst, self.worst_first = 0.0, 0.0
+        self.glance = Glance(setting.rollout, possible=self.reference == "off")
 
     def check(self, rollout: RolloutRecipe) -> None:
         """Refuse rollouts whose steps have no density under the policy that is trained. Raises WeftError."""
@@ -133,10 +149,7 @@ class Grpo:
 
     def count(self, rollout: RolloutRecipe) -> int:
         """Steps trained per sample."""
-        if rollout.window is not None:
-            return rollout.window.size
-        limit = rollout.steps if self.options.timesteps == "first" else rollout.steps - 1
-        return min(int(rollout.steps * self.options.timestep_fraction), limit)
+        return levels(self.options, rollout)
 
     def steps_of(self, seed: int, sample_seed: int, window: tuple[int, int], step: int, total: int) -> list[int]:
         """The steps of this sample that are trained: its window, or of the whole trajectory those chosen."""
@@ -169,7 +182,7 @@ class Grpo:
         now = sigma.to(device)
         old = torch.stack([i.sample.log_probs[i.k - i.sample.window[0]] for i in items]).to(device)
         v_ref: Tensor | None = None
-        if self.anchored:
+        if self.anchored or self.glance.due(draw.step):
             with torch.no_grad(), self.policies.using(self.reference):
                 v_ref = self.velocity(x, now, batch)
         v = self.velocity(x, now, batch)
@@ -205,7 +218,8 @@ class Grpo:
                         x, v_ref, sigma, sigma_next, kind=r.kind, eta=r.eta, valid=valid, x_next=x_next
                     )
                 kl = kl_divergence(result.mean, given.mean, scale.to(device), valid)
-            per_sample = per_sample + o.kl * kl
+            if o.kl > 0:
+                per_sample = per_sample + o.kl * kl
             metrics |= {"kl": float(kl.detach().mean()), "velocity_norm": norm_ratio(v, v_ref)}
             if o.norm_guard > 0:
                 per_sample = per_sample + o.norm_guard * norm_excess(v, v_ref)

@@ -50,6 +50,16 @@ class Setting:
         return self.recipe.rollout
 
 
+@dataclass(slots=True)
+class Cost:
+    """What a method adds to rollouts, for `plan`: noise levels trained of each sample, forward passes without a
+    gradient at each of them (old policy, reference), and copies of the trained weights that it keeps."""
+
+    levels: int
+    extra: int
+    copies: int
+
+
 class Method(Protocol):
     """A loss, and what has to happen around it. Constructed as `kind(setting, options)`."""
 

@@ -24,9 +24,10 @@ from weft.reward.filter import FilterConfig
 from weft.sample.rollout import pad_latents
 from weft.train.config import build
 from weft.train.geometry import RolloutRecipe
-from weft.train.method import Setting
+from weft.train.method import Cost, Setting
 from weft.train.online import Item, Online, chosen_steps
 from weft.train.policy import (
+    Glance,
     OldSchedule,
     Policies,
     anchor_of,
@@ -85,6 +86,18 @@ def _weighted_error(predicted: Tensor, x0: Tensor, valid: Tensor | None) -> Tens
     return masked_mean(error.square(), valid) / weight
 
 
+def levels(o: NftOptions, rollout: RolloutRecipe) -> int:
+    """Noise levels trained per sample."""
+    return int(rollout.steps * o.timestep_fraction)
+
+
+def cost(options: dict[str, Any], rollout: RolloutRecipe, lora: bool) -> Cost:
+    """For `plan`."""
+    o: NftOptions = build(NftOptions, options, "method.options")
+    anchored = o.kl > 0 or o.norm_guard > 0
+    return Cost(levels(o, rollout), 1 + anchored, 1 + (anchored and anchor_of(o.reference, lora) == "start"))
+
+
 class Nft:
     """The objective of DiffusionNFT: what it needs of rollouts, and the loss of (sample, noise level) items."""
 
@@ -103,6 +116,7 @@ class Nft:
         self.anchored = o.kl > 0 or o.norm_guard > 0
         start = self.anchored and self.reference == "start"
         self.policies = Policies(setting.trained, setting.parameters, old=True, start=start)
+        self.glance = Glance(setting.rollout, possible=self.reference == "off")
 
     def check(self, rollout: RolloutRecipe) -> None:
         """Any sampler is allowed. Raises WeftError if no noise level is left to train."""
@@ -113,7 +127,7 @@ class Nft:
 
     def count(self, rollout: RolloutRecipe) -> int:
         """Noise levels trained per sample."""
-        return int(rollout.steps * self.options.timestep_fraction)
+        return levels(self.options, rollout)
 
     def steps_of(self, seed: int, sample_seed: int, window: tuple[int, int], step: int, total: int) -> list[int]:
         """The sampler's steps whose noise levels this sample is trained at; all are candidates, also sigma = 1."""
@@ -141,7 +155,7 @@ class Nft:
             if not self.policies.old_is_default:
                 with self.policies.using("old"):
                     v_old = model.velocity(x_t, sigma, batch)
-            if self.anchored:
+            if self.anchored or self.glance.due(draw.step):
                 with self.policies.using(self.reference):
                     v_ref = model.velocity(x_t, sigma, batch)
         v = model.velocity(x_t, sigma, batch)
@@ -158,7 +172,8 @@ class Nft:
         }
         if v_ref is not None:
             kl = masked_mean((v - v_ref).square(), valid)
-            per_sample = per_sample + o.kl * kl
+            if o.kl > 0:
+                per_sample = per_sample + o.kl * kl
             metrics |= {"kl": float(kl.detach().mean()), "velocity_norm": norm_ratio(v, v_ref)}
             metrics |= by_level("kl", sigma, kl)
             if o.norm_guard > 0:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from weft.errors import WeftError
@@ -28,7 +27,17 @@ from weft.train.feed import Fed
 from weft.train.geometry import RewardRecipe, RolloutRecipe, ScorerRecipe, check_geometry
 from weft.train.method import Setting
 from weft.train.policy import Policies
-from weft.train.rollouts import Epoch, Sample, buffer_tensors, encode_epoch, fill_buffer, plan_epoch, roll
+from weft.train.rollouts import (
+    Epoch,
+    Sample,
+    add_samples,
+    buffer_tensors,
+    encode_batches,
+    fill_buffer,
+    others,
+    plan_epoch,
+    roll,
+)
 from weft.train.sft import held_out, loss_options
 from weft.types import Draw, Example, FlowModel, Loss, Score
 
@@ -151,33 +160,50 @@ class Online:
     # -- an epoch
 
     def _begin(self, number: int) -> bool:
-        setting, started = self.setting, time.perf_counter()
+        """Roll out an epoch, and then more groups in the place of idle ones, as often as `rollout.refill` says."""
         epoch = self._planned(number)
-        epoch.seconds["encode"] = time.perf_counter() - started
+        batches: list[list[Sample]] = list(epoch.batches)
+        for again in range(self.rollout.refill + 1):
+            if not self._rolled(epoch, batches):
+                self.epoch = self.mixed = None
+                return False
+            self._judge(epoch)
+            if again == self.rollout.refill or not (batches := self._refilled(epoch)):
+                break
+        self._report(epoch)
+        return True
+
+    def _rolled(self, epoch: Epoch, batches: Sequence[list[Sample]]) -> bool:
+        setting = self.setting
         modules = setting.trained.values()
+        started = time.perf_counter()
+        encode_batches(setting.feed, self.rollout, batches)
+        epoch.seconds["encode"] = epoch.seconds.get("encode", 0.0) + time.perf_counter() - started
         for module in modules:
             module.eval()
         try:
             with self.objective.policies.using(self.objective.rollout_policy):
-                done = roll(
-                    setting.model, self.rollout, epoch, self.mixture, setting.processes, seed=self.seed,
+                return roll(
+                    setting.model, self.rollout, epoch, batches, self.mixture, setting.processes, seed=self.seed,
                     keep=self.objective.keep, autocast=setting.autocast, stopped=setting.stopped,
                 )  # fmt: skip
         finally:
             for module in modules:
                 module.train()
-        if not done:
-            return False
-        self._judge(epoch)
-        self._report(epoch)
-        return True
 
     def _planned(self, number: int) -> Epoch:
-        setting = self.setting
-        epoch = plan_epoch(setting.feed, self.rollout, setting.processes, self.seed, number, self.banned)
-        with torch.no_grad():
-            encode_epoch(setting.model, setting.feed, self.rollout, epoch)
-        return epoch
+        feed, processes = self.setting.feed, self.setting.processes
+        return plan_epoch(feed, self.rollout, processes, self.seed, number, self.banned)
+
+    def _refilled(self, epoch: Epoch) -> list[list[Sample]]:
+        """Add groups of other requests for those of the judged epoch from which nothing is learned; none if there are
+        no such groups or no other requests. A function of the scores so far, so that a resumed run adds the same."""
+        learned = {epoch.samples[i].group for part in self.order for i in part}
+        keys = [s.group for s in epoch.samples]
+        wanted = self.rollout.groups - len(learned)
+        feed, processes = self.setting.feed, self.setting.processes
+        found = list(others(feed, self.seed, epoch.number, {*keys, *self.banned}, wanted))
+        return add_samples(epoch, self.rollout, processes, self.seed, found) if found else []
 
     def _judge(self, epoch: Epoch) -> None:
         """Advantages, filters, and which samples each update takes; the same in all processes."""
@@ -211,6 +237,7 @@ class Online:
             "groups_dropped": float(dropped),
             "groups_filtered": float(filtered),
             "groups_banned": float(len(self.new_bans)),
+            "groups_refilled": float(max(0, len(stats) - self.rollout.groups)),
             "samples_trained": float(learn.sum()),
             "epoch": float(epoch.number),
         }
@@ -229,7 +256,7 @@ class Online:
             if not scorer.watch or np.isnan(mixed.parts[scorer.name] + mixed.total).all():
                 continue
             truth = mixed.parts[scorer.name]
-            gap = float(np.nanmean(mixed.total - truth))
+            gap = float(np.nanmean(mixed.total - truth))  # over the samples that both have seen
             self.news |= {f"gap/{scorer.name}": gap, f"rank/{scorer.name}": spearman(mixed.total, truth)}
             first = self.gaps.setdefault(scorer.name, gap)
             if gap > first + self.alarm:
@@ -274,10 +301,23 @@ class Online:
             return
         if state["scores"] is None or "rollouts" not in tensors:
             raise WeftError("the checkpoint lies within an epoch but holds no rollouts")
+        scores = [Score(value, parts, reason) for value, parts, reason in state["scores"]]
         epoch = self._planned(number)
+        batches: list[list[Sample]] = list(epoch.batches)
+        while True:
+            # round by round, as they were made: an encoder's last bits depend on its batch
+            encode_batches(self.setting.feed, self.rollout, batches)
+            epoch.scores = scores[: len(epoch.samples)]
+            self._judge(epoch)
+            if len(epoch.samples) == len(scores):
+                break
+            batches = self._refilled(epoch)
+            if not batches or len(epoch.samples) > len(scores):
+                raise WeftError(
+                    f"epoch {number}: the checkpoint has {len(scores)} samples, now {len(epoch.samples)} are planned: "
+                    f"the data have changed; use an earlier checkpoint or the data of that run"
+                )
         fill_buffer(epoch, tensors["rollouts"])
-        epoch.scores = [Score(value, parts, reason) for value, parts, reason in state["scores"]]
-        self._judge(epoch)
         self.news = {}
 
     def held_out(
@@ -304,9 +344,7 @@ def make_mixture(recipe: RewardRecipe | None, given: Any, method: str) -> Mixtur
     scorers = []
     for item in recipe.scorers:
         name = item.name or item.call.rpartition(":")[2]
-        scorers.append(
-            ScorerConfig(name, _scorer(item), item.weight, scale=item.scale, offset=item.offset, watch=item.watch)
-        )
+        scorers.append(ScorerConfig(name, _scorer(item), item.weight, item.scale, item.offset, item.watch, item.share))
     return Mixture(scorers, recipe.combine)
 
 

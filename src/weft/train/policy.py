@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError
+from weft.train.geometry import RolloutRecipe
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Policies:
         else:
             copy = self.copies[name]
             raw = {k: p.data for k, p in self.parameters.items()}
+            # autocast keeps 16-bit copies by parameter, not by value: without this one policy would run on another's
+            torch.clear_autocast_cache()
             try:
                 for key, parameter in self.parameters.items():
                     parameter.data = copy[key]
@@ -85,6 +88,7 @@ class Policies:
             finally:
                 for key, parameter in self.parameters.items():
                     parameter.data = raw[key]
+                torch.clear_autocast_cache()
 
     @contextmanager
     def _adapters_off(self) -> Iterator[None]:
@@ -120,6 +124,21 @@ class Policies:
                 value.copy_(saved[key])
         if "old" in self.copies:
             self.old_is_default = all(torch.equal(v, self.parameters[k]) for k, v in self.copies["old"].items())
+
+
+class Glance:
+    """When a run without an anchor looks at its reference all the same, to log `kl` and `velocity_norm`: at the first
+    micro-batch of an epoch, if the reference costs no memory (`possible`: a LoRA that is switched off)."""
+
+    def __init__(self, rollout: RolloutRecipe | None, possible: bool) -> None:
+        self.every = rollout.steps_per_epoch if rollout is not None else 1
+        self.possible, self.last = possible, -1
+
+    def due(self, step: int) -> bool:
+        """Whether to look now; True once for every epoch."""
+        due = self.possible and step % self.every == 0 and step != self.last
+        self.last = step
+        return due
 
 
 def masked_mean(x: Tensor, valid: Tensor | None) -> Tensor:

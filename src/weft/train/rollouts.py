@@ -6,13 +6,15 @@ Everything is a function of (seed, epoch) and of the weights, so an epoch that w
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,10 +61,11 @@ class Epoch:
 
     number: int
     name: str  # of the batch group
-    samples: list[Sample]
-    batches: list[list[Sample]]
+    samples: list[Sample] = field(default_factory=list)
+    batches: list[list[Sample]] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)  # of all samples, by index
     seconds: dict[str, float] = field(default_factory=dict)
+    cuts: int = 0  # batches of all processes so far
 
 
 def plan_epoch(
@@ -71,44 +74,60 @@ def plan_epoch(
     """The samples of epoch `number`: distinct requests from the sampler; banned ones are replaced by others."""
     name, records = feed.requests(number)
     keys = [group_key(record) for record in records]
-    if banned:
-        _replace(feed, seed, number, banned, records, keys)
-    count: dict[str, int] = {}
-    samples: list[Sample] = []
-    for record, key in zip(records, keys, strict=True):
-        for _ in range(recipe.group_size):
-            k = count[key] = count.get(key, -1) + 1
-            index = len(samples)
-            window = window_at(recipe, seed, number, index // recipe.batch)
-            own = seed_of(seed, "rollout", number, key, k)
-            samples.append(Sample(index, f"{record.id}/{k}", key, own, record, window))
-    chunks = [samples[i : i + recipe.batch] for i in range(0, len(samples), recipe.batch)]
-    return Epoch(number, name, samples, chunks[processes.rank :: processes.size])
-
-
-def _replace(
-    feed: Feed, seed: int, number: int, banned: Collection[str], records: list[Record], keys: list[str]
-) -> None:
-    """Put another request in the place of every banned one, as long as there are any."""
     spare = [i for i, key in enumerate(keys) if key in banned]
-    if not spare:
+    for place, (key, record) in zip(spare, others(feed, seed, number, {*keys, *banned}, len(spare)), strict=False):
+        records[place], keys[place] = record, key
+    epoch = Epoch(number, name)
+    add_samples(epoch, recipe, processes, seed, list(zip(keys, records, strict=True)))
+    return epoch
+
+
+def others(feed: Feed, seed: int, number: int, known: Collection[str], count: int) -> Iterator[tuple[str, Record]]:
+    """Up to `count` more requests that could stand in epoch `number`, by group key, none of the `known`."""
+    if count < 1:
         return
-    known = set(keys) | set(banned)
+    known = set(known)
     rows = feed.rows_like(number)
     for row in numpy_rng(seed, "replace", number).permutation(len(rows)):
-        if not spare:
-            return
         record = feed.request(number, rows[int(row)])
         key = group_key(record)
         if key not in known:
             known.add(key)
-            place = spare.pop(0)
-            records[place], keys[place] = record, key
+            yield key, record
+            count -= 1
+            if count == 0:
+                return
 
 
-def encode_epoch(model: Any, feed: Feed, recipe: RolloutRecipe, epoch: Epoch) -> None:
-    """Conditions of this process's samples: every request once, shared by its group."""
-    own = [sample for batch in epoch.batches for sample in batch]
+def add_samples(
+    epoch: Epoch, recipe: RolloutRecipe, processes: Processes, seed: int, requests: Sequence[tuple[str, Record]]
+) -> list[list[Sample]]:
+    """Add a group of samples for each (group key, record); returns this process's new batches.
+
+    All processes get equally many, of `rollout.batch` samples or (after a refill, which need not divide) fewer.
+    """
+    count: dict[str, int] = {}
+    added: list[Sample] = []
+    for key, record in requests:
+        for _ in range(recipe.group_size):
+            k = count[key] = count.get(key, -1) + 1
+            own = seed_of(seed, "rollout", epoch.number, key, k)
+            added.append(Sample(len(epoch.samples) + len(added), f"{record.id}/{k}", key, own, record, (0, 0)))
+    pieces = math.ceil(len(added) / (recipe.batch * processes.size)) * processes.size
+    chunks = [[added[i] for i in part] for part in np.array_split(np.arange(len(added)), pieces)] if added else []
+    for number, chunk in enumerate(chunks, epoch.cuts):
+        for sample in chunk:
+            sample.window = window_at(recipe, seed, epoch.number, number)
+    epoch.cuts += pieces
+    epoch.samples += added
+    own_batches = chunks[processes.rank :: processes.size]
+    epoch.batches += own_batches
+    return own_batches
+
+
+def encode_batches(feed: Feed, recipe: RolloutRecipe, batches: Sequence[Sequence[Sample]]) -> None:
+    """Conditions of the samples: every request once, shared by its group."""
+    own = [sample for batch in batches for sample in batch]
     records = {sample.group: sample.record for sample in own}
     conditions: dict[str, Condition] = {}
     negatives: dict[str, Condition] = {}
@@ -127,6 +146,7 @@ def roll(
     model: Any,
     recipe: RolloutRecipe,
     epoch: Epoch,
+    batches: Sequence[list[Sample]],
     mixture: Mixture,
     processes: Processes,
     *,
@@ -135,18 +155,20 @@ def roll(
     autocast: Callable[[], AbstractContextManager[Any]],
     stopped: Callable[[], bool],
 ) -> bool:
-    """Make and score this process's batches; then everybody knows all scores. False if a signal asked to stop.
+    """Make and score these batches of this process; then everybody knows all scores. False if a signal asked to stop.
 
     Scoring runs in threads of its own while the next batch is made; what is left after the last one is waited for.
     """
     waiting: list[tuple[list[Sample], Future[list[Score]]]] = []
-    seconds = {"rollout": 0.0, "decode": 0.0, "reward_wait": 0.0, "reward": 0.0}
+    seconds = dict.fromkeys(("rollout", "decode", "reward_wait", "reward"), 0.0) | epoch.seconds
     with ThreadPoolExecutor(recipe.workers, thread_name_prefix="reward") as pool:
-        for batch in epoch.batches:
+        for batch in batches:
             # all processes stop at the same batch
             if processes.sum(float(stopped()))[0]:
                 pool.shutdown(cancel_futures=True)
                 return False
+            if not batch:
+                continue
             started = time.perf_counter()
             latents = _sample(model, recipe, epoch, batch, seed, keep, autocast)
             seconds["rollout"] += time.perf_counter() - started
@@ -157,9 +179,9 @@ def roll(
             waiting.append((batch, pool.submit(_timed, mixture, pairs, seconds)))
         started = time.perf_counter()
         found = {s.index: score for batch, future in waiting for s, score in zip(batch, future.result(), strict=True)}
-        seconds["reward_wait"] = time.perf_counter() - started
-    epoch.scores = share_scores(found, len(epoch.samples), processes)
-    epoch.seconds |= seconds
+        seconds["reward_wait"] += time.perf_counter() - started
+    epoch.scores += share_scores(found, range(len(epoch.scores), len(epoch.samples)), processes)
+    epoch.seconds = seconds
     return True
 
 
@@ -211,14 +233,14 @@ def _sample(
     return result.latents
 
 
-def share_scores(found: dict[int, Score], count: int, processes: Processes) -> list[Score]:
-    """The scores of all processes' samples, by index."""
+def share_scores(found: dict[int, Score], wanted: range, processes: Processes) -> list[Score]:
+    """The scores of the `wanted` samples of all processes, by index."""
     lines = [json.dumps([i, s.value, s.parts, s.reason]) for i, s in found.items()]
     table: dict[int, Score] = {}
     for line in processes.gather(lines):
         i, value, parts, reason = json.loads(line)
         table[i] = Score(value, parts, reason)
-    return [table[i] for i in range(count)]
+    return [table[i] for i in wanted]
 
 
 def buffer_tensors(samples: Sequence[Sample]) -> dict[str, Tensor]:
