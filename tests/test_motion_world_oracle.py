@@ -14,7 +14,7 @@ from weft.record import make_record
 from weft.world.motion_acts import clip_joints
 from weft.world.motion_corrupt import baselines, corruptions
 from weft.world.motion_edits import KINDS
-from weft.world.motion_oracle import judge, see
+from weft.world.motion_oracle import judge, judge_turns, see
 from weft.world.motion_scripts import Act, Script
 from weft.world.motion_tasks import TASKS
 from weft.world.motions import records, script_of
@@ -71,6 +71,15 @@ def test_oracle_names_what_is_wrong() -> None:
     assert not copied.success and copied.kept and not copied.changed
     assert [name for name, ok in copied.requests.items() if not ok] == ["style"]
     assert copied.seen["style"] == source.style != target.style and copied.collateral > 0.01
+
+
+def test_every_turn_of_a_chain_is_judged() -> None:
+    record = records("test", 1, seed=8, tasks=["chain"], kinds=["two_turn"])[0]
+    clips = [load_part(t.parts[0]) for t in record.turns if t.role == "assistant"]
+    assert [v.success for v in judge_turns(record, clips)] == [True, True]
+    assert [v.success for v in judge_turns(record, clips[:1] * 2)] == [True, False]
+    with pytest.raises(WeftError, match="1 clips for 2 turns"):
+        judge_turns(record, clips[:1])
 
 
 def test_oracle_sees_what_a_clip_shows_whatever_was_asked() -> None:

@@ -92,7 +92,7 @@ def baselines(records: Iterable[Record], seed: int = 0) -> dict[str, dict[str, f
             tried["copy"] = clip_joints(Script.from_json(world["source"]))
         for name, joints in tried.items():
             verdict = judge(record, Motion(joints))
-            rows[name].append((verdict.success, float(np.mean(list(verdict.requests.values())))))
+            rows[name].append((verdict.success, verdict.share))
     return {
         name: {"success": float(np.mean([s for s, _ in r])), "attributes": float(np.mean([a for _, a in r])),
                "count": float(len(r))}

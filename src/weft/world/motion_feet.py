@@ -121,7 +121,7 @@ def turn(act: Act, how: Manner) -> Take:
     take, t = begin(start + (count + 0.2) * period + how.rest, how)
     take.yaw = root_at(t)[1]
     first = 0 if act.direction != "right" else 1
-    stepping(take, t, root_at, count, period, start=start, duty=1.15, lift=0.09 * max(how.style.lift, 0.6), kick=0.3,
+    stepping(take, t, root_at, count, period, start=start, duty=1.15, lift=0.09 * max(how.style.lift, 0.8), kick=0.3,
              stance=how.style.stance, first=first)  # fmt: skip
     take.twist += 0.25 * sign * pulse(t, start - 0.2, 0.3, max(span - 0.5, 0.05), 0.4)
     return take

@@ -65,7 +65,8 @@ def heading(joints: np.ndarray) -> np.ndarray:
 
 def activity(joints: np.ndarray) -> np.ndarray:
     """Mean speed of the joints, m/s, smoothed, [T]: low where a body rests."""
-    step = np.linalg.norm(np.diff(joints, axis=0), axis=-1).mean(axis=-1) * FPS
+    calm = gaussian_filter1d(joints, 2.0, axis=0, mode="nearest")
+    step = np.linalg.norm(np.diff(calm, axis=0), axis=-1).mean(axis=-1) * FPS
     return gaussian_filter1d(np.concatenate([step, step[-1:]]), 1.5, mode="nearest")
 
 
@@ -153,6 +154,8 @@ def _path(joints: np.ndarray, turn: np.ndarray, steps: int) -> list[float]:
 
 
 TOLERANCE = np.concatenate([np.tile(list(SIGNALS.values()), 3), np.full(len(SWINGS), 0.4), [0.03], list(PATH.values())])
+# Tolerances beyond which a number counts no more: counts of swings near their threshold jump, paths tell much.
+MOST = np.concatenate([np.full(3 * len(SIGNALS), 4.0), np.full(len(SWINGS), 2.5), [4.0], np.full(len(PATH), 6.0)])
 NAMES = (
     [f"{n} {k}" for k in ("low", "middle", "high") for n in SIGNALS]
     + [f"swings of {n}" for n in SWINGS]

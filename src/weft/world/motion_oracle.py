@@ -7,10 +7,9 @@ must be nearest to what was asked, and near enough. Timing, stride, height and n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
@@ -21,13 +20,12 @@ from weft.motion.physics import mpjpe
 from weft.motion.skeleton import HUMANML3D
 from weft.record import Record
 from weft.world.motion_acts import clip_joints
-from weft.world.motion_measure import TOLERANCE, Measured, activity, mean, measure, smoothed
+from weft.world.motion_measure import MOST, TOLERANCE, Measured, activity, mean, measure, smoothed
 from weft.world.motion_scripts import EVERY_ACT, JITTERS, SPEEDS, STYLES, Act, Script, paced
 
 NOTHING = Act("stand")  # what a clip shows in which nothing happens
 # Several ways of doing the same, whose mean a clip is compared with.
 _JITTERS = ((0,) * JITTERS, (2, 2, 2, 2, 2, 1), (-2, -2, -2, -2, -2, 0))
-FAR = 4.0  # tolerances: a single number farther off than this counts no more
 UNCLEAR = 0.95  # root mean square of tolerances: farther from every script, it is none of them
 BETTER = 0.85  # two different acts are seen where they explain a clip this much better than one
 MATCH = 0.1  # metres: how far start and end may be from what was given
@@ -51,6 +49,11 @@ class Verdict:
     changed: bool | None = None
     collateral: float | None = None
     seen: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """The share of requests that are met: attribute accuracy."""
+        return sum(self.requests.values()) / len(self.requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ def _standing(script: Script) -> np.ndarray:
 def _distances(look: np.ndarray, options: Iterable[Measured]) -> np.ndarray:
     """Root mean square of the differences, in tolerances, each capped."""
     off = np.abs(np.stack([o.look for o in options]) - look) / TOLERANCE
-    return np.sqrt((np.minimum(off, FAR) ** 2).mean(axis=1))
+    return np.sqrt((np.minimum(off, MOST) ** 2).mean(axis=1))
 
 
 def _act_of(measured: Measured, style: str, brief: bool) -> tuple[Act, float]:
@@ -141,7 +144,8 @@ def see(motion: Motion, acts: int = 1, style: str = STYLES[0]) -> Seen:
     if one is not None and len(joints) < 4 * SHORTEST:
         return one
     halves = [
-        _recognise([measure(joints[:k]), measure(joints[k:])], one.style if one else style) for k in _cuts(joints)
+        _recognise([measure(joints[:k]), measure(joints[k:])], one.style if one else style)
+        for k in _cuts(joints, 2 + acts)
     ]
     two = min(halves, key=lambda s: s.distance)
     if one is None:
@@ -157,7 +161,7 @@ def _prepared(motion: Motion) -> np.ndarray:
     return smoothed(np.asarray(place(joints)))
 
 
-def _cuts(joints: np.ndarray) -> list[int]:
+def _cuts(joints: np.ndarray, most: int) -> list[int]:
     """Where two acts may meet: the calmest frames of the middle of the clip, at least half a second apart."""
     quiet = activity(joints)
     edge = max(len(joints) // 5, SHORTEST)
@@ -166,7 +170,7 @@ def _cuts(joints: np.ndarray) -> list[int]:
     for k in options[np.argsort(quiet[options], kind="stable")]:
         if all(abs(k - c) >= 8 for c in cuts):
             cuts.append(int(k))
-        if len(cuts) == 3:
+        if len(cuts) == most:
             break
     return cuts or [len(joints) // 2]
 
@@ -179,15 +183,28 @@ def judge(record: Record, motion: Motion) -> Verdict:
     world = record.meta.get("motion")
     if world is None:
         raise WeftError(f"record {record.id}: the oracle judges records of the motion world only")
-    target = Script.from_json(world["target"])
+    source = world["source"] and Script.from_json(world["source"])
+    return judge_script(Script.from_json(world["target"]), motion, source, world.get("cut"))
+
+
+def judge_turns(record: Record, motions: Sequence[Motion]) -> list[Verdict]:
+    """Judge the clip of every turn of a chain against what the turns so far ask for."""
+    steps = [Script.from_json(s) for s in record.meta.get("motion", {}).get("steps", [])]
+    if len(motions) != len(steps) - 1:
+        raise WeftError(f"record {record.id}: {len(motions)} clips for {max(len(steps) - 1, 0)} turns of a chain")
+    return [judge_script(b, m, a) for a, b, m in zip(steps, steps[1:], motions, strict=False)]
+
+
+def judge_script(target: Script, motion: Motion, source: Script | None = None, cut: int | None = None) -> Verdict:
+    """Judge a clip by the script that it should show. With the `source` of an edit, the verdict tells what changed
+    and what was kept; with `cut`, the first and last `cut` frames were given."""
     seen = see(motion, len(target.acts), target.style)
     requests = {name: ok and not seen.unclear for name, ok in compare(target, seen).items()}
     exact = Motion(clip_joints(target))
-    if "cut" in world:
-        requests |= _ends(motion, exact, world["cut"])
+    if cut is not None:
+        requests |= _ends(motion, exact, cut)
     verdict = Verdict(all(requests.values()), requests, collateral=_away(motion, exact), seen=_said(seen))
-    if world["source"] is not None:
-        source = Script.from_json(world["source"])
+    if source is not None:
         named = _named(source, target)
         verdict.changed = all(ok for name, ok in requests.items() if name in named)
         verdict.kept = all(ok for name, ok in requests.items() if name not in named)
@@ -249,11 +266,3 @@ def _away(motion: Motion, exact: Motion) -> float:
     a, b = (np.asarray(place(m.resample(20.0).joints)) for m in (motion, exact))
     a, b = (x[np.round(at * (len(x) - 1)).astype(int)] for x in (a, b))
     return mpjpe(a, b)
-
-
-def attributes_right(verdict: Verdict) -> float:
-    """The share of attributes that are right: 1 for success."""
-    return float(np.mean(list(verdict.requests.values())))
-
-
-__all__: list[Any] = ["NOTHING", "Seen", "Verdict", "attributes_right", "compare", "judge", "see"]
