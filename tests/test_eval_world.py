@@ -20,7 +20,7 @@ from weft.evals.world_groups import GROUPS, expand, world_items
 from weft.record import Record
 from weft.types import Batch, Condition
 from weft.world import records
-from weft.world.oracle import judge
+from weft.world.oracle import judge, requested_concepts
 
 Answer = Callable[[Record], Image.Image]
 
@@ -207,11 +207,18 @@ def test_guidance_encodes_the_negative_text() -> None:
 
 
 def test_groups_are_independent_and_stable() -> None:
-    names = expand(["generate", "edit", "unseen", "held-out pair", "held-out kind", "references"])
+    names = expand(["generate", "edit", "unseen", "held-out pair", "held-out kind"])
+    names += expand(["multi_edit", "multi_generate", "references", "concepts"])
     assert names == list(GROUPS)
     items = world_items("test", names, 2, 0)
     ids = [record.id for record in items.values()]
     assert len(set(ids)) == len(ids) == 2 * len(GROUPS)
+    for name in expand(["references", "concepts"]):
+        some = [record for key, record in items.items() if key.rpartition("/")[0] == name]
+        what = name.partition("/")[2]
+        assert {record.task for record in some} == {name.partition("/")[0]}
+        assert {len(record.references) for record in some} == {int(what[0]) if what[0].isdigit() else 1}
+        assert what[0].isdigit() or {c for r in some for c in requested_concepts(r).values()} == {what}
     assert list(world_items("test", ["edit/move"], 1, 0)) == [key for key in items if key.startswith("edit/move/")][:1]
     meta = {name: items[next(key for key in items if key.startswith(name + "/world"))].meta for name in names}
     assert meta["edit/move"]["kind"] == "move" and meta["edit/move"]["phrasing"] == "seen"
@@ -219,6 +226,23 @@ def test_groups_are_independent_and_stable() -> None:
     assert meta["generate/held-out pair"]["combo"] == "held_out" and meta["generate"]["combo"] == "seen"
     with pytest.raises(WeftError, match="unknown group 'fly'; known: edit, unseen"):
         expand(["fly"])
+
+
+def test_groups_with_references_say_what_they_gave(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    groups = ["multi_edit/3 references", "multi_generate/3 references", "multi_edit/global"]
+    report = evaluate_world(Ideal(target), groups=groups, count=3, steps=1, baseline_count=2, out=tmp_path, show=True)
+    for group in report.groups.values():
+        assert group.success.value == 1 and all(value.value == 1 for value in group.concepts.values())
+        assert {kind: group.baselines[kind] for kind in ("reference", "blank", "chance")} == {
+            "reference": 0, "blank": 0, "chance": 0
+        }  # fmt: skip
+    three = report.groups["multi_generate/3 references"]
+    assert sum(value.count for value in three.concepts.values()) == 9  # each reference is one request
+    assert list(report.groups["multi_edit/global"].concepts) == ["global"]
+    out = capsys.readouterr().out
+    assert "editing from references: 3" in out and "copy %" in out and "local %" in out
+    copied = evaluate_world(Ideal(source), groups=["multi_edit/3 references"], count=3, steps=1)
+    assert all(value.value == 0 for value in copied.groups["multi_edit/3 references"].concepts.values())
 
 
 def test_evaluator_for_training_is_a_plain_function() -> None:

@@ -13,7 +13,8 @@ from weft.errors import WeftError
 from weft.world import Scene, records, render
 from weft.world.corrupt import corruptions
 from weft.world.edits import HELD_OUT_KIND, KINDS, apply
-from weft.world.oracle import edit_mask, judge
+from weft.world.oracle import edit_mask, judge, requested_concepts
+from weft.world.references import CONCEPTS
 from weft.world.scene import BACKGROUNDS, COLOURS, LIGHTS, PATTERNS, SHAPES, SIZES, STYLES, TONES
 from weft.world.words import EDITS, POLITE
 
@@ -120,6 +121,25 @@ def test_references_show_what_they_stand_for() -> None:
                 assert getattr(reference.things[0], name) == op["value"]
     counts = {len(r.references) for r in records("val", count=80, seed=7, tasks=["multi_generate"])}
     assert counts == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("task", ["multi_edit", "multi_generate"])
+def test_the_standard_wording_is_of_the_same_records(task: str) -> None:
+    loose, fixed = (records("train", 6, 5, tasks=[task], standard=standard) for standard in (False, True))
+    for one, other in zip(loose, fixed, strict=True):
+        assert other.instruction == other.meta["standard"] == one.meta["standard"] and one.id != other.id
+        assert [part.digest() for part in one.inputs] == [part.digest() for part in other.inputs]
+        assert one.meta["world"] == other.meta["world"]
+        named = [int(k) for k in re.findall(r"picture (\d)", other.instruction)]
+        assert sorted(named) == list(range(2 - (other.source is None), len(other.inputs) + 1))
+
+
+def test_references_give_what_was_asked_for() -> None:
+    for concept in CONCEPTS:
+        some = records("test", 3, 1, tasks=["multi_edit", "multi_generate"], references=[1], concepts=[concept])
+        assert {c for record in some for c in requested_concepts(record).values()} == {concept}
+    with pytest.raises(WeftError, match="concepts are some of concrete, local, global"):
+        records(concepts=["colour"])
 
 
 def test_pictures_scale_and_keep_their_aspect() -> None:

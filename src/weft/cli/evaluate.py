@@ -50,10 +50,13 @@ class EvalWorld:
             raise WeftError("the world's records have their own size; leave out --size")
         groups = expand(self.groups or DEFAULT)
         options = self.sampling.options()
-        name = Path(self.loading.name).name
+        references = any(
+            group in expand(["multi_edit", "multi_generate", "references", "concepts"]) for group in groups
+        )
+        name = Path(self.loading.name(references)).name
         out = self.out or Path("out") / f"eval-world-{name}"
         check_folder(out)
-        model = self.loading.load()
+        model = self.loading.load(references)
         steps, guidance = model.resolve(options)
         evaluate_world(
             model.flow,

@@ -1,7 +1,8 @@
 """The benchmark of the embedded world: what the oracle says of a model's pictures, by group, with intervals.
 
-Beside every score stand the scores, on the same records, of copying the source, of a blank picture, of chance
-(another record's target) and of the exact target after the model's own VAE, which no model with it can beat by much.
+Beside every score stand the scores, on the same records, of copying the source or the first reference, of a blank
+picture, of chance (another record's target) and of the exact target after the model's own VAE, which no model with it
+can beat by much.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from weft.evals.runner import (
 )
 from weft.evals.stats import Interval
 from weft.evals.world_groups import DEFAULT, SHORT, expand, group_of, world_items
-from weft.world.oracle import MUCH, edit_mask, judge
+from weft.world.oracle import MUCH, edit_mask, judge, requested_concepts
+from weft.world.references import CONCEPTS
 from weft.world.render import RENDERER
 
 if TYPE_CHECKING:
@@ -38,21 +40,23 @@ if TYPE_CHECKING:
     from weft.types import FlowModel
 
 EDIT_MEAN = "edit, mean over kinds"
-BASELINES = ("copy", "blank", "chance")
+BASELINES = ("copy", "reference", "blank", "chance")
 
 
 @dataclass(slots=True)
 class GroupScore:
     """One group's results. Rates are fractions; `requests` counts single requested changes, `kept` the records in
-    which all that was not asked for stayed; `collateral` is the mean absolute change (0..1) and `psnr` the mean PSNR
-    in dB outside the edit mask, `vae_psnr` that of the exact target after the VAE there. `baselines` and
-    `vae_success` are measured on the group's first `baseline_count` records."""
+    which all that was not asked for stayed; `concepts` are the requests that a reference picture gives the value of,
+    by what it gives (concrete things, local and global attributes); `collateral` is the mean absolute change (0..1)
+    and `psnr` the mean PSNR in dB outside the edit mask, `vae_psnr` that of the exact target after the VAE there.
+    `baselines` and `vae_success` are measured on the group's first `baseline_count` records."""
 
     name: str
     count: int
     success: Interval
     wilson: Interval | None = None
     requests: Interval | None = None
+    concepts: dict[str, Interval] = field(default_factory=dict)
     kept: float | None = None
     collateral: float | None = None
     psnr: Interval | None = None
@@ -64,6 +68,7 @@ class GroupScore:
     def dict(self) -> dict[str, Any]:
         """For JSON."""
         values = {name: getattr(self, name) for name in self.__slots__}
+        values["concepts"] = {name: value.dict() for name, value in self.concepts.items()}
         return {name: value.dict() if isinstance(value, Interval) else value for name, value in values.items()}
 
 
@@ -132,9 +137,9 @@ def evaluate_world(
     """Evaluate a model on `count` records of each group; with `out`, into a folder that an interrupted run resumes.
 
     `groups` are names of `GROUPS` or short names: generate, edit (each kind), unseen, held-out pair, held-out kind,
-    references. `seed` draws the outputs, `data_seed` the records. `baseline_count` records of each group are also
-    judged for copy, blank, chance and the VAE ceiling; `vae` measures the VAE's PSNR outside the mask on all.
-    Writes results.jsonl (as it goes), results.json and report.html to `out`.
+    references, concepts. `seed` draws the outputs, `data_seed` the records. `baseline_count` records of each group are
+    also judged for the baselines and the VAE ceiling; `vae` measures the VAE's PSNR outside the mask on all. Writes
+    results.jsonl (as it goes), results.json and report.html to `out`.
 
     Raises:
         WeftError: unknown group or split, no records; `out` holds the results of another run.
@@ -232,9 +237,10 @@ class _Scorer:
     def baselines(self, record: Record, other: Record | None) -> dict[str, bool | None]:
         from PIL import Image
 
-        target = _picture(record, record.target)
+        target, shown = _picture(record, record.target), record.references
         return {
             "copy": judge(record, _picture(record, record.source)).success if record.source else None,
+            "reference": judge(record, _picture(record, shown[0])).success if shown else None,
             "blank": judge(record, Image.new("RGB", target.size, (128, 128, 128))).success,
             "chance": judge(record, _picture(other, other.target)).success if other else None,
         }
@@ -275,12 +281,12 @@ def summarise(
     by_group: dict[str, list[Row]] = {}
     for key, row in rows.items():
         by_group.setdefault(group_of(key), []).append(row)
-    groups = {name: _group(name, part) for name, part in by_group.items()}
+    groups = {name: _group(name, part, items) for name, part in by_group.items()}
     success = {name: [float(row["score"]["success"]) for row in part] for name, part in by_group.items()}
     edits = [name for name in SHORT["edit"] if name in groups]
     differences: dict[str, Interval] = {}
     if len(edits) > 1:
-        pooled = _group(EDIT_MEAN, [row for name in edits for row in by_group[name]])
+        pooled = _group(EDIT_MEAN, [row for name in edits for row in by_group[name]], items)
         pooled.success = stats.macro_mean({name: success[name] for name in edits})
         pooled.wilson = None  # a mean of group means is not one proportion
         after = edits[-1]
@@ -297,7 +303,7 @@ def summarise(
     return WorldReport(groups, differences, dict(settings), dict(rows), dict(items), results)
 
 
-def _group(name: str, rows: Sequence[Row]) -> GroupScore:
+def _group(name: str, rows: Sequence[Row], items: Mapping[str, Record]) -> GroupScore:
     scores = [row["score"] for row in rows]
     success = [float(score["success"]) for score in scores]
     asked = [
@@ -306,6 +312,11 @@ def _group(name: str, rows: Sequence[Row]) -> GroupScore:
         for request, passed in score["requests"].items()
         if request != "keep"
     ]
+    given: dict[str, list[tuple[float, int]]] = {}
+    for index, row in enumerate(rows):
+        for request, concept in requested_concepts(items[row["key"]]).items():
+            if request in row["score"]["requests"]:
+                given.setdefault(concept, []).append((float(row["score"]["requests"][request]), index))
     kept = [float(score["requests"]["keep"]) for score in scores if "keep" in score["requests"]]
     psnr = [score["psnr_outside"] for score in scores if score["psnr_outside"] is not None]
     judged = [score["baselines"] for score in scores if "baselines" in score]
@@ -316,15 +327,20 @@ def _group(name: str, rows: Sequence[Row]) -> GroupScore:
         success=stats.bootstrap(success),
         wilson=stats.wilson(round(sum(success)), len(success)),
         # Requests of one record stand or fall together, so records are resampled, not requests.
-        requests=stats.bootstrap([v for v, _ in asked], clusters=[i for _, i in asked]) if asked else None,
+        requests=_clustered(asked) if asked else None,
+        concepts={concept: _clustered(given[concept]) for concept in CONCEPTS if concept in given},
         kept=_mean(kept),
         collateral=_mean([score["collateral"] for score in scores]),
         psnr=stats.bootstrap(psnr) if psnr else None,
         vae_psnr=_mean([found.get("psnr_outside") for found in vae]),
         vae_success=_mean([found.get("success") for found in vae]),
-        baselines={kind: _mean([found[kind] for found in judged]) for kind in BASELINES},
+        baselines={kind: _mean([found.get(kind) for found in judged]) for kind in BASELINES},
         baseline_count=len(judged),
     )
+
+
+def _clustered(values: Sequence[tuple[float, int]]) -> Interval:
+    return stats.bootstrap([value for value, _ in values], clusters=[record for _, record in values])
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

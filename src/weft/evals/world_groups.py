@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 from weft.errors import WeftError
 from weft.world import records as world_records
 from weft.world.edits import HELD_OUT_KIND, KINDS
+from weft.world.references import CONCEPTS
 
 if TYPE_CHECKING:
     from weft.record import Record
 
+MULTI = ("multi_edit", "multi_generate")
 EDIT_KINDS = tuple(kind for kind in KINDS if kind != HELD_OUT_KIND)
 
-# What each group asks of `weft.world.records`. The order is fixed: a group's place gives its records their own indices,
-# so that records of two groups are independent and no two share an id.
+# What each group asks of `weft.world.records`. Groups of a concept have one reference, which gives just that. The order
+# is fixed: a group's place gives its records their own indices, so that records of two groups are independent and no
+# two share an id.
 GROUPS: dict[str, dict[str, Any]] = {
     "generate": {"tasks": ["generate"]},
     **{f"edit/{kind}": {"tasks": ["edit"], "kinds": [kind]} for kind in EDIT_KINDS},
@@ -26,13 +29,24 @@ GROUPS: dict[str, dict[str, Any]] = {
     f"edit/{HELD_OUT_KIND} (held out)": {"tasks": ["edit"], "kinds": [HELD_OUT_KIND]},
     "multi_edit": {"tasks": ["multi_edit"]},
     "multi_generate": {"tasks": ["multi_generate"]},
+    **{
+        f"{task}/{count} reference{'s' * (count > 1)}": {"tasks": [task], "references": [count]}
+        for task in MULTI
+        for count in (1, 2, 3, 4)
+    },
+    **{
+        f"{task}/{concept}": {"tasks": [task], "references": [1], "concepts": [concept]}
+        for task in MULTI
+        for concept in CONCEPTS
+    },
 }
 SHORT: dict[str, list[str]] = {
     "edit": [f"edit/{kind}" for kind in EDIT_KINDS],
     "unseen": ["generate/unseen phrasing", "edit/unseen phrasing"],
     "held-out pair": ["generate/held-out pair", "edit/held-out pair"],
     "held-out kind": [f"edit/{HELD_OUT_KIND} (held out)"],
-    "references": ["multi_edit", "multi_generate"],
+    "references": [name for name in GROUPS if name.partition("/")[0] in MULTI and " reference" in name],
+    "concepts": [f"{task}/{concept}" for task in MULTI for concept in CONCEPTS],
 }
 DEFAULT = ("generate", "edit", "unseen", "held-out pair", "held-out kind")
 

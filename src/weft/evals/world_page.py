@@ -10,6 +10,7 @@ from weft.evals.world import BASELINES, EDIT_MEAN, GroupScore, WorldReport, grou
 from weft.report import plots
 from weft.report.page import Comparison, Number, Page, environment_facts
 from weft.report.table import Table, decibel, percent, percent_interval
+from weft.world.references import CONCEPTS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,12 +23,19 @@ TITLES = {
     "multi_edit": "editing from references",
     "multi_generate": "generation from references",
 }
-MARKS = {"copy": "copy the source", "chance": "chance", "vae": "exact target after the VAE"}
+MARKS = {
+    "copy": "copy the source",
+    "reference": "copy the first reference",
+    "chance": "chance",
+    "vae": "exact target after the VAE",
+}
 
 
 def title(name: str) -> str:
     """A group's name for people: 'edit/recolour' -> 'edit: recolour'."""
-    return TITLES.get(name, name.replace("generate/", "generation: ").replace("edit/", "edit: ").replace("_", " "))
+    task, _, what = name.partition("/")
+    head, what = TITLES.get(task, task), what.partition(" reference")[0].replace("_", " ")
+    return f"{head}: {what}" if what else head
 
 
 def table(report: WorldReport, brief: bool = False) -> Table:
@@ -47,11 +55,19 @@ def table(report: WorldReport, brief: bool = False) -> Table:
         "VAE %": lambda group: _percent(group.vae_success),
         **{f"{kind} %": partial(_baseline_cell, kind) for kind in BASELINES},
     }
+    if any(group.concepts for group in report.groups.values()):
+        columns |= {f"{concept} %": partial(_concept_cell, concept) for concept in CONCEPTS}
+    else:
+        del columns["reference %"]
     if brief:
         columns = {name: columns[name] for name in columns if name not in ("collateral", "VAE %", "blank %")}
     rows = [[cell(group) for cell in columns.values()] for group in report.groups.values()]
     strong = {index for index, name in enumerate(report.groups) if name in ("generate", EDIT_MEAN)}
     return Table(list(columns), rows, note=_note(report), strong=strong)
+
+
+def _concept_cell(concept: str, group: GroupScore) -> str:
+    return _percent(group.concepts[concept].value if concept in group.concepts else None)
 
 
 def _baseline_cell(kind: str, group: GroupScore) -> str:
@@ -171,9 +187,10 @@ def _card(report: WorldReport, record: Record, row: Row) -> Comparison:
 
 def _note(report: WorldReport) -> str:
     count = min(report.settings["baseline_count"], report.settings["count"])
-    judged = f"VAE %, copy, blank and chance: the first {count} records of each group. " if count else ""
+    judged = f"VAE %, copy, reference, blank and chance: the first {count} records of each group. " if count else ""
     return (
         "success: every request done and the rest kept, with its 95 % interval. requests: single changes done. "
+        "concrete, local, global %: of these, the ones that a reference gives the value of. "
         f"collateral: mean absolute change (0 to 1) outside the edit mask. {judged}A dash: not defined or not measured."
     )
 
@@ -189,9 +206,10 @@ def _method(report: WorldReport) -> str:
         "The oracle draws the exact target scene, and the same scene with each attribute changed, and asks which of "
         "them the picture is nearest to: every requested change must be there (requests), everything else must stay as "
         "it was (rest kept). A picture that fails one of them is not a success.\n\n"
-        "Baselines on the same records: copy returns the source, blank a grey picture, chance the exact target of "
-        "another record of the group. VAE is the exact target after the model's own autoencoder: what the oracle takes "
-        "from its reconstructions, and how exact a copy outside the mask can be.\n\n"
+        "Baselines on the same records: copy returns the source, reference the first reference, blank a grey picture, "
+        "chance the exact target of another record of the group. VAE is the exact target after the "
+        "model's own autoencoder: what the oracle takes from its reconstructions, and how exact a copy outside the "
+        "mask can be.\n\n"
         "Intervals are percentile bootstrap intervals at 95 %; where all or none succeed they have no width, and "
         "results.json has the Wilson interval beside them. The mean over kinds weighs each kind equally."
         f"{differences}\n\n"
