@@ -1,7 +1,8 @@
 # make tour   the whole system on the tiny models, one HTML report (tour/report.html)
 # make test   the tests          make test-all   the slow ones, too          make lint   ruff and mypy
+# make tiny-omni, make tiny-rewriter   train what recipes/tiny says, on two cores: hours; goes on where it was stopped
 #
-# Both create the environment first (.venv, once). torch is installed alone and first, so that nothing else can pull
+# All create the environment first (.venv, once). torch is installed alone and first, so that nothing else can pull
 # another build. Choose the build with TORCH_ARGS, which goes to pip as it is, for example
 #   make tour TORCH_ARGS="--index-url <the index of a CPU or CUDA build, see pytorch.org/get-started/locally>"
 # To change the build later: make clean-venv first.
@@ -21,7 +22,9 @@ TORCH := $(if $(filter torch% %.whl,$(TORCH_ARGS)),,$(PIN)) $(TORCH_ARGS)
 STAMP := $(VENV)/.weft-installed
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: venv tour test test-all lint pins clean-venv
+TRAIN := OMP_NUM_THREADS=1 $(VENV)/bin/python -m torch.distributed.run --standalone --nproc_per_node=2 -m weft.train
+
+.PHONY: tiny-omni tiny-rewriter venv tour test test-all lint pins clean-venv
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -54,6 +57,21 @@ test-all: venv
 lint: venv
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+tiny-omni: venv
+	test -d runs/tiny/omni_init || \
+		$(VENV)/bin/python -m weft.models.build_flux recipes/tiny/omni.yaml tiny-kontext runs/tiny/omni_init
+	$(TRAIN) recipes/tiny/omni_base.yaml
+	$(TRAIN) recipes/tiny/omni_edit.yaml
+	$(TRAIN) recipes/tiny/omni_generation.yaml
+	$(VENV)/bin/python -m weft.models.share runs/tiny/omni_base/export tiny-kontext src/weft/zoo/tiny-omni \
+		--adapter edit=runs/tiny/omni_edit/export --adapter generation=runs/tiny/omni_generation/export \
+		--steps 12 --guidance 1
+
+tiny-rewriter: venv
+	test -d runs/tiny/rewriter_init || \
+		$(VENV)/bin/python -m weft.models.build_vlm recipes/tiny/rewriter_model.yaml runs/tiny/rewriter_init
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m weft.train recipes/tiny/rewriter.yaml
 
 # After a deliberate upgrade in a fresh environment: write what was installed, without the local part of a build (+cpu).
 pins: venv
