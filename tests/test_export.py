@@ -9,14 +9,16 @@ import torch
 
 from golden.make_unipic2 import picture
 from tiny import fill_, tiny_kontext_folder
-from tiny_metaquery import tiny_metaquery_folder
+from tiny_metaquery import tiny_metaquery_folder, tiny_qwen_folder
 from weft.cli.main import main
 from weft.errors import WeftError
+from weft.models import export_vlm
 from weft.models.adapt import add_lora, save_lora
 from weft.models.export import export, merge_adapters, probe
 from weft.models.licences import LICENCES, find_licence
 from weft.models.load import load
 from weft.models.memory import Preset, preset, preset_for, weight_bytes
+from weft.vlm.local import load_vlm
 
 GIB = 2.0**30
 TARGETS = ["attn.to_q", "attn.to_v"]
@@ -183,3 +185,40 @@ def test_the_commands(folder, lora, tmp_path, capsys):
     made = ["edit", str(tmp_path / "a.png"), "make it red", "-o", str(tmp_path / "b.png"), "--steps", "1"]
     made += ["--guidance", "1", "--device", "cpu", "--size", "64", "--model", str(model), "--option", f"vlm={vlm}"]
     assert main(made) == 0 and (tmp_path / "b.png").is_file()
+
+
+# -- a VLM
+
+
+@pytest.fixture(scope="module")
+def vlm_lora(tmp_path_factory):
+    """A tiny VLM's folder, and a LoRA of it that changes something."""
+    root = tmp_path_factory.mktemp("vlm")
+    folder = tiny_qwen_folder(root / "model")
+    (folder / "weft.json").write_text('{"rewriter": {"fit": "none"}}')
+    model = load_vlm(folder, device="cpu").model
+    add_lora(model, rank=4, alpha=8, targets=["self_attn.q_proj", "self_attn.v_proj"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
+    return folder, save_lora({"vlm": model}, root / "lora").parent
+
+
+def test_a_vlms_lora_is_merged_or_written_for_peft(vlm_lora, tmp_path):
+    folder, lora = vlm_lora
+    plain = export_vlm.probe(load_vlm(folder, device="cpu"))
+    full = export(folder, tmp_path / "full", lora=[str(lora)], device="cpu")
+    half = export(folder, tmp_path / "half", lora=[(str(lora), 0.5)], device="cpu")
+    alone = export(folder, tmp_path / "alone", lora=[(str(lora), 0.5)], what="lora", device="cpu")
+    answers = [export_vlm.probe(load_vlm(done.path, device="cpu")) for done in (full, half)]
+    assert (answers[0] - plain).abs().max() > 10 * full.difference and (answers[0] - answers[1]).abs().max() > 1e-3
+    reader = load_vlm(folder, device="cpu")
+    reader.model.load_adapter(str(alone.path))
+    assert torch.allclose(export_vlm.probe(reader), answers[1], atol=1e-4)
+    assert json.loads((full.path / "weft.json").read_text()) == {"rewriter": {"fit": "none"}}
+    assert json.loads((alone.path / "export.json").read_text())["rank"] == 4
+    with pytest.raises(WeftError, match="no LoRA of vlm"):
+        export(folder, tmp_path / "x", lora=[str(tmp_path / "full" / "model.safetensors")], device="cpu")
+    with pytest.raises(WeftError, match="a VLM has none"):
+        export(folder, tmp_path / "x", options={"layout": "mosaic"})

@@ -19,7 +19,7 @@ class Export:
     diffusers reads it. The result is opened again and compared with the original."""
 
     model: Positional[str]
-    """A model of the zoo, a folder in diffusers layout, or a hub id."""
+    """A model of the zoo, a folder in diffusers layout, a VLM's folder, or a hub id."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The folder to write; it must not exist."""
     lora: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH[:SCALE]")] = field(
@@ -45,5 +45,5 @@ class Export:
             self.model, self.out, lora=self.lora, what=self.what, dtype=self.dtype, device=self.device, options=options
         )
         print(done.path)
-        print(f"opened again: it differs by {done.difference:.2g} of the velocity's spread", file=sys.stderr)
+        print(f"opened again: what it answers differs by {done.difference:.2g} of its spread", file=sys.stderr)
         return 0

@@ -32,7 +32,8 @@ def build_flux(config: str | Path | dict[str, Any], parts: str | Path, out: str 
 
     `config` has a `transformer` section (arguments of `FluxTransformer2DModel`; the channels and text widths follow
     the other parts), and optionally `scheduler`, `resolution`, `options`, `tokenizer_2` ({length: tokens}) and `seed`.
-    `parts` is a folder or zoo name of the SD3 layout with a T5. Raises WeftError for an unknown section, missing parts, or an `out` that exists.
+    `parts` is a folder or zoo name of the SD3 layout with a T5. Raises WeftError for an unknown section, missing
+    parts, or an `out` that exists.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
     from transformers import CLIPTextModel

@@ -15,6 +15,7 @@ import weft
 from weft.errors import WeftError
 from weft.models.adapt import save_lora
 from weft.models.load import DTYPES, load
+from weft.models.weights import ADAPTERS
 from weft.record import make_record
 from weft.rng import normal
 
@@ -77,9 +78,12 @@ def export(
 ) -> Exported:
     """Write `source` with its `lora` merged as a folder in diffusers layout (`what="model"`), or the one LoRA itself,
     strength folded in, as diffusers reads it (`what="lora"`). `dtype` is that of the written weights (of a model).
+    A VLM's folder, with the LoRA of a rewriter or judge, goes the same way (`weft.models.export_vlm`); its LoRA is
+    written as peft reads it.
 
-    `export.json` beside the weights says what was exported. The result is then loaded anew and its velocity compared
-    with the original's. Raises WeftError if it differs, if `out` exists, and for what `weft.models.load.load` refuses.
+    `export.json` beside the weights says what was exported. The result is then loaded anew and its velocity (a VLM's
+    next token) compared with the original's. Raises WeftError if it differs, if `out` exists, and for what
+    `weft.models.load.load` refuses.
     """
     if out.exists():
         raise WeftError(f"{out} exists; name a new folder")
@@ -89,14 +93,23 @@ def export(
         raise WeftError(f"dtype {dtype!r} is unknown; choose one of {', '.join(TOLERANCE)}")
     if what == "lora" and len(lora) != 1:
         raise WeftError(f"{len(lora)} LoRAs given: a LoRA is exported from exactly one (merge several into a model)")
+    from weft.models.export_vlm import export_vlm, is_vlm
+
+    if is_vlm(source):
+        if options:
+            raise WeftError(f"options: a VLM has none, found {', '.join(options)}")
+        return export_vlm(source, out, lora=lora, what=what, dtype=dtype, device=device)
     model = load(source, device=device, dtype=torch.float32, lora=lora, options=options)
     before = probe(model)
     if what == "lora":
         config = model.transformer.peft_config["lora0"]
-        _fold_strength(model.transformer, "lora0")
+        fold_strength(model.transformer, "lora0")
         save_lora({"transformer": model.transformer}, out, name="lora0")
         facts: dict[str, Any] = {"rank": config.r, "alpha": config.lora_alpha}
     else:
+        router = getattr(model, "router", None)
+        for name in router.names if router is not None else ():  # they stay adapters, beside the model
+            save_lora({"transformer": model.transformer}, out / ADAPTERS[name][0], name=name)
         facts = {"merged_layers": merge_adapters(model.transformer), "dtype": dtype}
         for module in model.modules().values() if dtype != "fp32" else ():
             module.to(DTYPES[dtype])
@@ -108,12 +121,17 @@ def export(
         again = load(source, device=device, dtype=torch.float32, lora=[str(out)], options=options)
     else:
         again = load(out, device=device, dtype=torch.float32, options=options)
-    difference = float((probe(again) - before).abs().max() / before.std())
-    allowed = TOLERANCE[dtype if what == "model" else "fp32"]
-    if not difference <= allowed:
+    return settle(out, before, probe(again), dtype if what == "model" else "fp32", facts)
+
+
+def settle(out: Path, before: Tensor, after: Tensor, dtype: str, facts: dict[str, Any]) -> Exported:
+    """Compare what the original and the reloaded export answer, and write `export.json`. Raises WeftError if they
+    differ by more than the rounding of `dtype`."""
+    difference = float((after - before).abs().max() / before.std())
+    if not difference <= TOLERANCE[dtype]:
         raise WeftError(
             f"{out}: the reloaded export differs from the original by {difference:.2g} of its spread (at most "
-            f"{allowed:g} is rounding): do not use it"
+            f"{TOLERANCE[dtype]:g} is rounding): do not use it"
         )
     facts["reload_difference"] = difference
     (out / "export.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -121,7 +139,7 @@ def export(
 
 
 @torch.no_grad()
-def _fold_strength(module: nn.Module, name: str) -> None:
+def fold_strength(module: nn.Module, name: str) -> None:
     """Multiply the adapter by the strength it is used at, so that the written file has it at 1."""
     from peft.tuners.lora import LoraLayer
 

@@ -71,9 +71,11 @@ def preset(vram: int, sizes: dict[str, float], quantized: Sequence[str]) -> Pres
 def preset_for(folder: Path, vram: int) -> Preset:
     """The preset of a model folder. Parts that lie elsewhere (a MetaQuery model's VLM) are counted with it."""
     from weft.models.load import family_of
+    from weft.models.weights import part_folder
 
     family = family_of(folder)
-    sizes = {name: weight_bytes(folder / name) for name in family.order if (folder / name).is_dir()}
+    places = {name: part_folder(folder, name) for name in family.order}
+    sizes = {name: weight_bytes(path) for name, path in places.items() if path.is_dir()}
     if "vlm" in family.order and "vlm" not in sizes:
         from weft.models.image.metaquery_parts import find_vlm
         from weft.models.weights import read_json

@@ -85,19 +85,20 @@ class RewriterTrainable:
         return torch.cat([torch.tensor(ids), processor.encode("<|im_end|>").ids])
 
     def loss(self, examples: Sequence[Example], draw: Draw) -> Loss:
-        """Cross-entropy per sample [B] over the answer's tokens; `tokens` is the share that is predicted right."""
+        """Cross-entropy per sample [B] over the answer's tokens; `tokens` is the share that is predicted right,
+        `exact` that of the answers without a wrong one."""
         rows = [example["ids"] for example in examples]
         states = hidden_states(self.model, examples)
         device = states.device
-        losses, right, count = [], 0, 0
+        losses, right, count, exact = [], 0, 0, 0
         for k, example in enumerate(examples):  # logits of the answers alone: the vocabulary is large
             start, stop = int(example["answer"]), len(rows[k])
             logits = self.model.lm_head(states[k, start - 1 : stop - 1]).float()
             labels = rows[k][start:].to(device)
             losses.append(F.cross_entropy(logits, labels))
-            right += int((logits.argmax(-1) == labels).sum())
-            count += stop - start
-        return Loss(torch.stack(losses), {"tokens": right / count})
+            hits = logits.argmax(-1) == labels
+            right, count, exact = right + int(hits.sum()), count + stop - start, exact + bool(hits.all())
+        return Loss(torch.stack(losses), {"tokens": right / count, "exact": exact / len(losses)})
 
     def save(self, folder: Path) -> None:
         """Write a complete VLM folder: weights, tokenizer, chat template, image processor, and its form."""

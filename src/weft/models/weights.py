@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import uuid
 import warnings
@@ -21,6 +22,7 @@ from weft.models.licences import find_licence
 
 SD3_PARTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 SD3_OPTIONAL = ("text_encoder_3", "tokenizer_3")
+
 
 def licence_note(name: str | Path) -> str | None:
     """What is known about the licence of a public checkpoint (`weft.models.licences`), as one line."""
@@ -44,6 +46,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise WeftError(f"{path}: must be a JSON object; download or export the model again")
     return found
+
+
+def part_folder(folder: Path, name: str) -> Path:
+    """Where a part of a model folder lies: inside, or where `parts` in its `weft.json` says, relative to the folder.
+
+    Models that share an autoencoder or a text encoder so keep one copy of it. Raises WeftError if it is not there.
+    """
+    shared = read_json(folder / "weft.json").get("parts", {})
+    if not isinstance(shared, dict) or not all(isinstance(value, str) for value in shared.values()):
+        raise WeftError(f'{folder / "weft.json"}: parts must map names to folders, as {{"vae": "../other/vae"}}')
+    if name not in shared:
+        return folder / name
+    path = Path(os.path.normpath(folder / shared[name]))
+    if not path.is_dir():
+        raise WeftError(f"{folder}: its part {name} is kept in {path}, which is not there; get that model, too")
+    return path
 
 
 @dataclass(frozen=True)
@@ -129,13 +147,14 @@ def load_parts(
     index = read_index(folder)
     order = [*parts.networks, *parts.readers]
     names = [n for n in order if n not in parts.optional or _has(folder, n, index)]
-    missing = [name for name in names if not (folder / name).is_dir()]
+    places = {name: part_folder(folder, name) for name in names}
+    missing = [name for name, path in places.items() if not path.is_dir()]
     if missing:
         raise WeftError(f"{folder}: no folder {missing[0]!r}; a model needs {', '.join(names)}")
     quantization = quantization or {}
     found: dict[str, Any] = {}
     for name in names:
-        path = folder / name
+        path = places[name]
         library, _, kind = (parts.networks.get(name) or parts.readers[name]).partition(":")
         cls = getattr(importlib.import_module(library), kind)
         if name in parts.networks:
@@ -149,7 +168,7 @@ def _has(folder: Path, name: str, index: dict[str, Any]) -> bool:
     """Whether an optional part belongs to the folder: the index says so, or without one the folder is there."""
     if name in index:
         return bool(index[name] and index[name][0])
-    return (folder / name).is_dir()
+    return part_folder(folder, name).is_dir()
 
 
 def _network(path: Path, kind: Any, dtype: torch.dtype, quantization: Any, device_map: Any) -> nn.Module:
