@@ -13,15 +13,18 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from motion_clips import procedural
 from tiny_motion import CODES, LEVELS, corpus, record, settings_for, tiny_motion_folder
 from weft.errors import WeftError
 from weft.models.motion.build import build
-from weft.models.motion.lm import MotionLM, Rows, make_options
+from weft.models.motion.lm import MotionLM, make_options
 from weft.models.motion.lm_training import MotionLMTrainable, runs
 from weft.models.motion.load import load
+from weft.models.motion.reading import Rows
+from weft.models.motion.think import think
 from weft.models.motion.tokens import SERIALISATIONS, Reply, Serialisation, Span, Vocabulary
 from weft.motion.clip import Motion
-from weft.record import Record, Turn, text_part
+from weft.record import Record, Turn, motion_part, text_part
 from weft.sample.tokens import Choice, Sampling, ids, pick, sample_tokens
 from weft.types import Draw, TokenModel, Trainable
 
@@ -194,7 +197,7 @@ def test_records_become_rows(models: dict[str, MotionLM]) -> None:
     v, end = model.vocabulary, model.vocabulary.end
 
     def shown(k: int, task: str, answers: bool = True) -> tuple[list[str], Rows]:
-        (rows,) = model.encode([record(k, task)], answers=answers)
+        (rows,) = model.reader.encode([record(k, task)], answers=answers)
         names = model.tokenizer.convert_ids_to_tokens(rows.rows[:, 0].tolist())
         return [n for n in names if not n.startswith("<motion_")], rows
 
@@ -214,7 +217,10 @@ def test_records_become_rows(models: dict[str, MotionLM]) -> None:
     names, rows = shown(0, "describe", answers=False)
     assert names[-1] == "<assistant>" and not (rows.kind == 2).any()
     with pytest.raises(WeftError, match="marker"):
-        model.encode([Record("x", "generate", [Turn("user", [text_part("walk <motion_0_3>")])])], answers=False)
+        model.reader.encode([Record("x", "generate", [Turn("user", [text_part("walk <motion_0_3>")])])], answers=False)
+    long = Record("x", "edit", [Turn("user", [motion_part(Motion(procedural(1200, 1)), "source"), text_part("walk")])])
+    with pytest.raises(WeftError, match="record x: 9.. tokens, the model reads 512"):
+        model.reader.encode([long], answers=False)
 
 
 @pytest.mark.parametrize("name", SERIALISATIONS)
@@ -358,6 +364,19 @@ def test_lora_trains_new_rows_and_head_and_nothing_else(folders: dict[str, Path]
     assert torch.allclose(tuned.transformer.get_output_embeddings()(x)[:, text:], x @ b[text:].t() / 32**0.5, atol=1e-4)
 
 
+def test_it_opens_by_its_index(folders: dict[str, Path]) -> None:
+    import weft
+    from weft.models.load import load as load_any
+
+    assert isinstance(load_any(folders["flat"], device="cpu"), MotionLM)
+    with pytest.raises(WeftError, match="resolution"):
+        load_any(folders["flat"], device="cpu", resolution=64)
+    with pytest.raises(WeftError, match="load_motion"):
+        weft.load(folders["flat"])
+    walk = weft.load_motion(folders["flat"], device="cpu").generate("a person walks", seed=1, seconds=2.0)
+    assert len(walk) == 40
+
+
 def test_wrong_folders_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(WeftError, match="tokens"):
         load(tmp_path)
@@ -372,3 +391,36 @@ def test_wrong_folders_are_named(folders: dict[str, Path], tmp_path: Path) -> No
         build(settings_for("flat"), tmp_path)
     with pytest.raises(WeftError, match="unknown section"):
         build({"rvqq": {}}, tmp_path / "x")
+
+
+class Scripted:
+    """Answers in turn: an attempt, a judgement with another, a judgement without."""
+
+    name = "scripted"
+
+    def __init__(self, attempts: int) -> None:
+        self.attempts, self.asked = attempts, []
+
+    def modules(self) -> dict[str, Any]:
+        return {}
+
+    def save(self, folder: Path) -> None: ...
+
+    def respond(self, records: Any, *, seeds: Any, options: Any = None) -> Any:
+        self.asked.append((records, list(seeds)))
+        moves = [motion_part(Motion(procedural(8, len(self.asked))))] if len(self.asked) <= self.attempts else []
+        return [[text_part(f"{len(self.asked)}"), *moves] for _ in records]
+
+
+def test_reflection_goes_on_until_a_judgement_is_content() -> None:
+    model = Scripted(2)
+    (parts,) = think(model, [record(0)], seeds=[4])
+    assert [p.type for p in parts] == ["text", "motion", "text", "motion", "text"]
+    last = model.asked[-1][0][0]
+    assert last.task == "reflect" and [t.role for t in last.turns] == ["user", "assistant"] * 2 + ["user"]
+    assert last.turns[-1].parts[0].text == "does the motion match the text?"
+    assert len({s for _, seeds in model.asked for s in seeds}) == 3, "every round has its own seed"
+    assert len(think(Scripted(9), [record(0)], seeds=[4], rounds=3)[0]) == 8, "three rounds at most"
+    assert len(think(Scripted(9), [record(0)], seeds=[4], rounds=0)[0]) == 2
+    with pytest.raises(WeftError, match="rounds"):
+        think(model, [record(0)], seeds=[4], rounds=-1)

@@ -247,6 +247,37 @@ def test_training_is_a_function_of_the_draw(folder: Path) -> None:
     assert not torch.equal(first[0], other[0])
 
 
+def half(rank: int, port: int, folder: str) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    rows, index = torch.arange(24.0).view(12, 2), torch.arange(12) % 5
+    book = Codebook(RvqConfig(codes=6, code_width=2))
+    book.start(rows[rank::2], torch.zeros(6, 2))
+    book.update(rows[rank::2], index[rank::2], torch.zeros(6, 2))
+    torch.save(book.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_codebook(tmp_path: Path) -> None:
+    """Averages are those of all rows; both processes hold the same codes, also those that were replaced."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(half, args=(port, str(tmp_path)), nprocs=2)
+    a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    rows, index = torch.arange(24.0).view(12, 2), torch.arange(12) % 5
+    order = torch.tensor([0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11])  # as the processes hold them
+    whole = Codebook(RvqConfig(codes=6, code_width=2))
+    whole.start(rows[order], torch.zeros(6, 2))
+    whole.update(rows[order], index[order], torch.zeros(6, 2))
+    assert all(torch.allclose(a[key].float(), value.float()) for key, value in whole.state_dict().items())
+
+
 def test_dropped_levels_and_divided_gradient(codec: Codec) -> None:
     rows = torch.randn(40, 8, requires_grad=True)
     full = Noise(torch.zeros(3, 40, 16), torch.zeros(()).expand(3, 16, 8), 2)

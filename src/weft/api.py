@@ -262,10 +262,12 @@ def load(
     Raises:
         WeftError: unknown name (the known ones are listed), a folder that is broken or of an unknown family.
     """
-    from weft.models.load import find_model
+    from weft.models.load import find_model, makes_motion
     from weft.models.load import load as load_flow
 
     folder = find_model(str(model))
+    if makes_motion(folder):
+        raise WeftError(f"{model} makes movements, not pictures: open it with weft.load_motion")
     flow = load_flow(
         folder, device=device, dtype=dtype, lora=lora, adapters=adapters, attention_backend=attention_backend,
         tiling=tiling, slicing=slicing, offload=offload, quantization=quantization, resolution=resolution,

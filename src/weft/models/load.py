@@ -136,7 +136,7 @@ def load(
     Raises WeftError if the model is unknown or broken, or an option cannot be honoured here.
     """
     folder = find_model(str(name_or_folder))
-    if _declared(folder) in MOTION:
+    if makes_motion(folder):
         given = {"adapters": adapters, "attention_backend": attention_backend, "quantization": quantization,
                  "resolution": resolution, "options": options, "vram": vram, "tiling": tiling or None,
                  "slicing": slicing or None, "offload": None if offload == "none" else offload}  # fmt: skip
@@ -190,6 +190,11 @@ def load(
     else:
         _offload(model, offload, target, family.order, skip=set(configs))
     return model
+
+
+def makes_motion(folder: Path) -> bool:
+    """Whether a model folder is of a model of movement."""
+    return (folder / "model_index.json").is_file() and read_index(folder).get("_class_name") in MOTION
 
 
 def family_of(folder: Path) -> Family:

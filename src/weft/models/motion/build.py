@@ -5,7 +5,7 @@
 The sections are `SECTIONS`: `statistics` and `corpus` are record sources (movements and texts), `rvq` the quantiser's
 configuration (with `heading`), `tokenizer` that of `weft.models.tokenizers.t5_tokenizer` or {path: folder},
 `transformer` a transformers configuration with its `model_type` or {path: folder of a causal LM}, `tokens` the
-options of `weft.models.motion.lm.TokenOptions`. Folders after `--from` (exports) replace the parts that they hold.
+options of `weft.models.motion.lm.TokenOptions`. The folder after `--from` gives its trained quantiser.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ SECTIONS = ("seed", "statistics", "corpus", "rvq", "tokenizer", "transformer", "
 REQUIRED = ("rvq", "tokenizer", "transformer")
 
 
-def build(config: str | Path | dict[str, Any], out: str | Path, parts: Sequence[str | Path] = ()) -> Path:
-    """Write a motion model folder and return its path.
+def build(config: str | Path | dict[str, Any], out: str | Path, trained: str | Path | None = None) -> Path:
+    """Write a motion model folder and return its path; `trained` is a folder with a quantiser (a training's export).
 
     Raises WeftError for an unknown or missing section, an `out` that exists, or parts that do not fit each other.
     """
@@ -46,9 +46,7 @@ def build(config: str | Path | dict[str, Any], out: str | Path, parts: Sequence[
     out = Path(out)
     if out.exists():
         raise WeftError(f"{out} exists; give a new folder, or remove it first")
-    held = [Path(p) for p in parts]
-    ready = next((p for p in held if (p / "rvq").is_dir()), None)
-    codec = load_codec(ready) if ready is not None else new_codec(settings)
+    codec = load_codec(trained) if trained is not None else new_codec(settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(int(settings.get("seed", 0)), "build/transformer"))
         tokenizer = make_tokenizer(settings)
@@ -152,10 +150,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", help="YAML file, for example recipes/tiny/motion_model.yaml")
     parser.add_argument("out", help="new folder")
-    parser.add_argument("--from", dest="parts", action="append", default=[], help="folder with trained parts")
+    parser.add_argument("--from", dest="trained", help="folder with a trained quantiser")
     options = parser.parse_args(arguments)
     try:
-        print(f"wrote {build(options.config, options.out, options.parts)}")
+        print(f"wrote {build(options.config, options.out, options.trained)}")
     except WeftError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -61,7 +61,7 @@ class Codec:
         """
         prepared = []
         for clip in clips:
-            if clip.layout is not self.layout:
+            if clip.layout.name != self.layout.name:
                 raise WeftError(f"a clip on the {clip.layout.name} skeleton: the model is of {self.layout.name}")
             joints = clip.resample(self.layout.fps).joints
             short = self.config.stride - len(joints)

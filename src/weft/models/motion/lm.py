@@ -24,21 +24,14 @@ from weft.media import atomic_write
 from weft.models.motion.codec import Codec
 from weft.models.motion.heads import HeadConfig, ResidualPredictor, make_head, save_head
 from weft.models.motion.network import MotionNetwork
-from weft.models.motion.tokens import CLOSE, OPEN, Reply, Serialisation, Vocabulary, code_names
+from weft.models.motion.reading import OWN, TEMPLATES, Reader, Rows, read_vocabulary
+from weft.models.motion.tokens import CLOSE, OPEN, Reply, Serialisation, code_names
 from weft.motion.clip import Motion
-from weft.motion.files import load_part
 from weft.record import Part, Record, Turn, motion_part, text_part
 from weft.rng import seed_of
 from weft.sample.tokens import Sampling, sample_tokens
 
 PIPELINE = "OmniMoGenPipeline"
-TEMPLATES = (
-    ("<start_of_turn>", "<start_of_turn>user\n", "<start_of_turn>model\n", "<end_of_turn>"),  # Gemma
-    ("<|im_start|>", "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"),  # ChatML
-)
-OWN = ("<user>", "<assistant>", "<end>")
-ROLE_WORDS = {"start": "start ", "end": "end "}
-"""What is written before a movement of these roles: nothing else tells the two apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +66,6 @@ def make_options(given: dict[str, Any]) -> TokenOptions:
     return options
 
 
-@dataclass(slots=True)
-class Rows:
-    """A record as tokens: `rows` [S, columns]; `kind` [S]: 0 frame, 1 the user's text, 2 what is to be answered; and
-    `above` [S, L-1], for base_only, the codes of the levels that are not written (-1 elsewhere)."""
-
-    rows: Tensor
-    kind: Tensor
-    above: Tensor
-
-
 class MotionLM:
     """The model: `codec`, `tokenizer` (extended), `transformer`, `head`. See `create` and `weft.models.motion.load`."""
 
@@ -91,8 +74,10 @@ class MotionLM:
     def __init__(self, codec: Codec, tokenizer: Any, transformer: Any, options: TokenOptions, head: Any = None) -> None:
         self.codec, self.tokenizer, self.transformer, self.head = codec, tokenizer, transformer, head
         self.options = options
-        self.vocabulary, self.markers = read_vocabulary(codec, tokenizer, options.serialisation)
+        self.vocabulary, markers = read_vocabulary(codec, tokenizer, options.serialisation)
         self.serial = Serialisation(options.serialisation, self.vocabulary)
+        limit = int(getattr(transformer.config, "max_position_embeddings", 0) or 1 << 30)
+        self.reader = Reader(codec, tokenizer, self.serial, markers, limit)
         needed = {"depth": "depth", "base_only": "residual"}.get(options.serialisation)
         found = head.config.kind if head is not None else None
         if found != needed:
@@ -137,81 +122,6 @@ class MotionLM:
         """The networks by their folders' names."""
         found = {"rvq": self.codec.rvq, "transformer": self.transformer}
         return found | ({"heads": self.head} if self.head is not None else {})
-
-    # -- records to tokens
-
-    def text_ids(self, text: str) -> list[int]:
-        """Ids of a text. Raises WeftError if it spells one of the model's own markers."""
-        ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
-        for i in ids:
-            if i >= self.vocabulary.text or i in self.vocabulary.special:
-                if i != self.tokenizer.unk_token_id:
-                    raise WeftError(f"the text holds {self.tokenizer.convert_ids_to_tokens(i)!r}, a marker: remove it")
-        return ids
-
-    def encode(self, records: Sequence[Record], *, answers: bool) -> list[Rows]:
-        """Records as rows; with `answers` whole, else up to the place where the last user turn is to be answered.
-
-        Raises WeftError for pictures, texts that hold markers, and clips of another skeleton.
-        """
-        clips: list[Motion] = []
-        places: dict[tuple[int, int, int], int] = {}
-        for r, record in enumerate(records):
-            turns = record.turns if answers else asked(record)
-            for t, turn in enumerate(turns):
-                for p, part in enumerate(turn.parts):
-                    if part.type == "motion":
-                        places[r, t, p] = len(clips)
-                        clips.append(load_part(part, record.root, fps=None))
-                    elif part.type != "text":
-                        raise WeftError(f"record {record.id}: a {part.type}: this model reads text and movements")
-        codes = self.codec.encode(clips)
-        return [
-            self._rows(record, {k[1:]: codes[i] for k, i in places.items() if k[0] == r}, answers)
-            for r, record in enumerate(records)
-        ]
-
-    def _rows(self, record: Record, codes: dict[tuple[int, int], Tensor], answers: bool) -> Rows:
-        pieces: list[tuple[Tensor, int, Tensor | None]] = []
-
-        def write(ids: list[int], kind: int) -> None:
-            rows = torch.full((len(ids), self.serial.columns), -1)
-            rows[:, 0] = torch.tensor(ids, dtype=torch.long)
-            pieces.append((rows, kind, None))
-
-        user, assistant, end = self.markers
-        if self.tokenizer.bos_token_id is not None:
-            write([self.tokenizer.bos_token_id], 0)
-        for t, turn in enumerate(record.turns if answers else asked(record)):
-            mine = turn.role == "assistant"
-            write(assistant if mine else user, 0)
-            learned = False
-            for p, part in enumerate(turn.parts):
-                kind = 2 if mine and part.role != "rejected" else 0
-                if part.type == "text" and part.text:
-                    write(self.text_ids(part.text), kind if mine else 1)
-                    learned |= mine
-                elif part.type == "motion":
-                    if not mine and part.role in ROLE_WORDS:
-                        write(self.text_ids(ROLE_WORDS[part.role]), 0)
-                    own = codes[t, p]
-                    pieces.append((self.serial.rows(own), kind, own))
-                    learned |= kind == 2
-            write(end, 2 if learned else 0)
-        if not answers:
-            write(assistant, 0)
-        above = [self._above(rows, own) for rows, _, own in pieces]
-        kinds = [torch.full((len(rows),), kind, dtype=torch.uint8) for rows, kind, _ in pieces]
-        return Rows(torch.cat([p[0] for p in pieces]), torch.cat(kinds), torch.cat(above))
-
-    def _above(self, rows: Tensor, codes: Tensor | None) -> Tensor:
-        levels = self.codec.config.levels - 1 if self.serial.name == "base_only" else 0
-        above = torch.full((len(rows), levels), -1)
-        if codes is not None and levels:
-            above[1 : 1 + len(codes)] = codes[:, 1:]
-        return above
-
-    # -- answers
 
     def respond(self, records: Sequence[Record], *, seeds: Sequence[int], options: Any = None) -> list[list[Part]]:
         """The assistant's parts that answer each record's last user turn: texts, and motion parts holding a `Motion`.
@@ -290,7 +200,7 @@ class MotionLM:
         for record in records:
             kind = {"describe": "never", "reflect": "may"}.get(record.task, "must")
             grammars.append(Reply(self.serial, motion=kind, words=self.options.words, least=least, most=most))
-        prompts = self.encode(records, answers=False)
+        prompts = self.reader.encode(records, answers=False)
         rows = self._sample(prompts, grammars, seeds, sampling, cache)
         texts = [self._text(r) for r in rows]
         codes = self._codes(prompts, rows)
@@ -311,7 +221,7 @@ class MotionLM:
         """Movements continued by so many latent steps each, window by window, every record's prompt before its last
         `overlap` steps."""
         done, left = list(codes), list(steps)
-        prompts = self.encode(records, answers=False)
+        prompts = self.reader.encode(records, answers=False)
         wide = self.serial.levels if self.serial.name == "flat" else 1
         round_ = 0
         while any(left):
@@ -398,38 +308,3 @@ class MotionLM:
         for name, value in (("weft.json", card), ("model_index.json", {"_class_name": PIPELINE})):
             with atomic_write(folder / name) as handle:
                 handle.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
-
-
-def asked(record: Record) -> list[Turn]:
-    """The turns up to the last one of the user."""
-    last = max((k for k, turn in enumerate(record.turns) if turn.role == "user"), default=-1)
-    if last < 0:
-        raise WeftError(f"record {record.id}: turns: no user turn, add one with the instruction")
-    return record.turns[: last + 1]
-
-
-def read_vocabulary(codec: Codec, tokenizer: Any, serialisation: str) -> tuple[Vocabulary, tuple[list[int], ...]]:
-    """The extended vocabulary of a tokenizer, and the ids of the user, assistant and end markers.
-
-    Raises WeftError if the tokenizer was not extended for this codec.
-    """
-    levels = 1 if serialisation == "base_only" else codec.config.levels
-    known = tokenizer.get_vocab()
-    names = code_names(levels, codec.config.codes)
-    wrong = [n for n in (OPEN, CLOSE, names[0], names[-1]) if n not in known]
-    if wrong or known[names[-1]] - known[names[0]] != len(names) - 1:
-        raise WeftError(f"the tokenizer lacks {(wrong or names)[0]}: build the model from this quantiser")
-    template = next((t[1:] for t in TEMPLATES if t[0] in known), OWN)
-    markers = tuple(list(tokenizer(text, add_special_tokens=False).input_ids) for text in template)
-    if len(markers[2]) != 1:
-        raise WeftError(f"the tokenizer writes {template[2]} in {len(markers[2])} tokens; it must be one")
-    first = min(known[OPEN], known[OWN[0]]) if OWN[0] in known else known[OPEN]
-    special = tuple(
-        sorted(
-            {i for i in tokenizer.all_special_ids if i < first}
-            | {m for k in markers for m in k if m in tokenizer.all_special_ids}
-        )
-    )
-    vocabulary = Vocabulary(first, special, markers[2][0], known[OPEN], known[CLOSE], known[names[0]], levels,
-                            codec.config.codes)  # fmt: skip
-    return vocabulary, markers

@@ -60,8 +60,8 @@ class MotionLMTrainable:
                 "stats": [stats.mean.tolist(), stats.std.tolist()], "tokens": tokens}  # fmt: skip
 
     def examples(self, records: Sequence[Record]) -> list[Example]:
-        """`rows` [S, columns], `kind` [S] and `above` [S, L-1] of each record: see `weft.models.motion.lm.Rows`."""
-        found = self.model.encode(records, answers=True)
+        """`rows` [S, columns], `kind` [S] and `above` [S, L-1] of each record (`reading.Rows`)."""
+        found = self.model.reader.encode(records, answers=True)
         for record, one in zip(records, found, strict=True):
             if not (one.kind == 2).any():
                 raise WeftError(f"record {record.id!r} has no answer to learn: add an assistant turn")
