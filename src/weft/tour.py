@@ -1,6 +1,7 @@
 """The tour: what weft does, done on this machine with the tiny models, in one HTML report.
 
-Four stages, each a plain function: generate, edit, measure, teach. A probe first times the machine, so that the tour
+Four stages, each a plain function: generate, edit, measure, teach; and refer (`weft.tour_omni`) where a model for
+reference pictures ships. A probe first times the machine, so that the tour
 takes about three minutes anywhere; on a slower machine it measures fewer pictures and trains fewer steps, and says so.
 """
 
@@ -73,6 +74,7 @@ class Findings:
     pace: Pace
     generated: list[tuple[Record, list[Output], Verdict]] = field(default_factory=list)
     edited: list[tuple[Record, Output, Verdict]] = field(default_factory=list)
+    referred: list[tuple[Record, Output, Verdict]] = field(default_factory=list)
     chains: list[list[tuple[Record, Output, Verdict]]] = field(default_factory=list)
     world: WorldReport | None = None
     before: WorldReport | None = None
@@ -87,6 +89,8 @@ def run_tour(folder: Path, *, model: str = "tiny-kontext", seed: int = 0, say: S
     Raises:
         WeftError: no such model, or the disk refuses.
     """
+    from weft.cli.shipped import picture_model
+    from weft.tour_omni import STAGE, refer
     from weft.tour_page import tour_page
 
     start = time.perf_counter()
@@ -94,8 +98,9 @@ def run_tour(folder: Path, *, model: str = "tiny-kontext", seed: int = 0, say: S
     loaded = weft.load(model)
     found = Findings(probe(loaded))
     say(f"{model} loaded in {time.perf_counter() - start:.0f} s; here a picture takes {found.pace.picture:.2f} s")
-    for k, (name, stage) in enumerate(STAGES.items(), 1):
-        say(f"[{k}/{len(STAGES)}] {name}")
+    stages = {**STAGES, STAGE: refer} if picture_model(references=True) != picture_model(references=False) else STAGES
+    for k, (name, stage) in enumerate(stages.items(), 1):
+        say(f"[{k}/{len(stages)}] {name}")
         with _timed(found.seconds, name):
             stage(loaded, found, folder, seed, lambda line: say(f"      {line}"))
     found.seconds["all"] = time.perf_counter() - start
@@ -323,6 +328,7 @@ def _write_numbers(found: Findings, path: Path) -> None:
         "pace": asdict(found.pace),
         "generated": [bool(verdict.success) for _, _, verdict in found.generated],
         "edited": [bool(verdict.success) for _, _, verdict in found.edited],
+        "referred": [bool(verdict.success) for _, _, verdict in found.referred],
         "chains": [[bool(verdict.success) for _, _, verdict in chain] for chain in found.chains],
         "train": train,
         **{name: report.dict() for name, report in reports.items() if report},

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from weft.report import plots
 from weft.report.page import Comparison, Number, Page, environment_facts
 from weft.report.table import Table, decibel, percent, seconds
+from weft.tour_omni import referred_section
 
 if TYPE_CHECKING:
     from weft.api import Model, Output
@@ -42,6 +43,8 @@ def tour_page(model: Model, found: Findings, folder: Path, seed: int) -> Page:
     _edited(page, found, folder)
     _measured(page, found)
     _taught(page, found)
+    if found.referred:
+        referred_section(page, found, 5)
     _afterwards(page, found, folder)
     return page
 

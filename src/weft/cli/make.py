@@ -82,7 +82,8 @@ class _Make:
             return self.loading.load_motion().run(records, seed=seed, n=self.n, seeds=seeds, options=options)
         refuse(self.movement, (), "for pictures")
         sampling = self.sampling.options(progress)
-        return self.loading.load().run(records, seed=seed, n=self.n, seeds=seeds, options=sampling)
+        model = self.loading.load(references=any(record.references for record in records))
+        return model.run(records, seed=seed, n=self.n, seeds=seeds, options=sampling)
 
     def _run(self, record: Record) -> int:
         """One record, n outputs."""

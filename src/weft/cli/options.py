@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from weft.cli.shipped import picture_model
 from weft.errors import WeftError
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ class ModelOptions:
     """Which model, and how it is loaded."""
 
     model: Text = None
-    """A model of the zoo, a folder in diffusers layout, or a hub id; default: tiny-kontext, for movements
-    tiny-motion."""
+    """A model of the zoo, a folder in diffusers layout, or a hub id; default: tiny-kontext, with reference
+    pictures tiny-omni (where it ships), for movements tiny-motion."""
     lora: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH[:SCALE]")] = field(
         default_factory=list
     )
@@ -71,11 +72,13 @@ class ModelOptions:
     """With a --rewriter: which requests it rewrites; several: those with two pictures or more."""
     strict_slice: bool = False
     """Cut the rewriter's tags off by length, as DreamOmni2's release does."""
+    structured: bool = False
+    """Hold the rewriter to a JSON object of instruction and caption (a server must offer structured output); one that
+    was trained so says it itself."""
 
-    @property
-    def name(self) -> str:
-        """The picture model that is meant."""
-        return self.model or "tiny-kontext"
+    def name(self, references: bool = False) -> str:
+        """The picture model that is meant; `references`: whether a request has reference pictures."""
+        return self.model or picture_model(references)
 
     def load_motion(self) -> MotionModel:
         """The loaded motion model. Raises `WeftError` for options that only picture models have."""
@@ -84,8 +87,8 @@ class ModelOptions:
         refuse(self, ("model", "lora", "device", "dtype"), "for movements")
         return weft.load_motion(self.model or "tiny-motion", device=self.device, dtype=self.dtype, lora=self.lora)
 
-    def load(self) -> Model:
-        """The loaded model; its licence, where one is known, goes to stderr."""
+    def load(self, references: bool = False) -> Model:
+        """The loaded model, by default the one for requests with or without `references`; its licence, where one is known, goes to stderr."""
         import sys
 
         import weft
@@ -96,10 +99,12 @@ class ModelOptions:
 
             rewriter = open_rewriter(
                 self.rewriter, when=self.rewrite, strict_slice=self.strict_slice, model=self.rewriter_model,
+                structured=self.structured or None,
                 device=self.device, dtype=self.dtype,
             )  # fmt: skip
+        name = self.name(references)
         model = weft.load(
-            self.name,
+            name,
             device=self.device,
             dtype=self.dtype,
             lora=self.lora,
@@ -116,7 +121,7 @@ class ModelOptions:
         )
         licence = getattr(model.flow, "licence", None)
         if licence:
-            print(f"licence of {self.name}: {licence}", file=sys.stderr)
+            print(f"licence of {name}: {licence}", file=sys.stderr)
         return model
 
 
@@ -166,13 +171,17 @@ class MovementOptions:
     """Draw from the so many likeliest tokens only; default: the model's."""
     top_p: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
     """Draw from the likeliest tokens that hold this share of the probability; default: the model's."""
+    rounds: int = 0
+    """Let the model judge its movement in words and make it again, at most so often."""
 
     def options(self, sampling: SamplingOptions) -> MotionOptions:
         """The API's options. Raises `WeftError` for numbers out of range, and for options of pictures."""
         from weft.api_motion import MotionOptions
 
         refuse(sampling, ("seed", "guidance", "batch"), "for movements")
-        return MotionOptions(self.seconds, self.temperature, self.top_k, self.top_p, sampling.guidance, sampling.batch)
+        return MotionOptions(
+            self.seconds, self.temperature, self.top_k, self.top_p, sampling.guidance, sampling.batch, self.rounds
+        )
 
 
 def refuse(options: Any, allowed: tuple[str, ...], where: str) -> None:

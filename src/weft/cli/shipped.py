@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+import weft
 from weft.errors import WeftError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -47,4 +48,10 @@ def tested_versions() -> dict[str, str]:
 
 def zoo_models() -> dict[str, Path]:
     """The models that ship with weft, by name."""
-    return {path.parent.name: path.parent for path in sorted(_PACKAGE.glob("zoo/*/model_index.json"))}
+    package = Path(weft.__file__).parent
+    return {path.parent.name: path.parent for path in sorted(package.glob("zoo/*/model_index.json"))}
+
+
+def picture_model(references: bool) -> str:
+    """The model of a picture request that names none: tiny-kontext, with reference pictures tiny-omni if it ships."""
+    return "tiny-omni" if references and "tiny-omni" in zoo_models() else "tiny-kontext"
