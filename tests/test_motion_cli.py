@@ -39,7 +39,7 @@ class Echo:
         self.clip = clip
 
     def respond(self, records: Sequence[Record], *, seeds: Sequence[int], options: MotionOptions) -> list[list[Part]]:
-        answers = []
+        answers: list[list[Part]] = []
         for record, seed in zip(records, seeds, strict=True):
             motion = load_part(record.source, record.root) if record.source else self.clip
             if options.seconds is not None:
@@ -93,6 +93,24 @@ def test_make_and_describe(run: Run, echo: None, clip: Motion, tmp_path: Path) -
     write_records(tmp_path / "r.jsonl", [make_record("walk", clip, id="a/1"), make_record("walk", clip, id="b")])
     status, out, _ = run("edit", "--records", tmp_path / "r.jsonl", "-o", tmp_path / "many", "--format", "npz")
     assert status == 0 and [Path(p).name for p in out.split()] == ["a_1.npz", "b.npz"]
+
+
+def test_a_real_model_folder(run: Run, tmp_path: Path) -> None:
+    """Random weights, the real code: from the sentence to the file, through an edit with a reference, to a text."""
+    from tiny_motion import tiny_motion_folder
+
+    model = ("--model", tiny_motion_folder(tmp_path / "model", "flat"))
+    first, second = tmp_path / "a.npz", tmp_path / "b.bvh"
+    words = ("generate", "a person walks", "-o", first, *model, "--seconds", 1, "--seed", 4)
+    assert run(*words)[0] == 0 and len(read_motion(first)) == 20
+    before = read_motion(first).digest
+    assert run(*words)[0] == 0 and read_motion(first).digest == before
+    told = "take the style of {" + str(first) + "}"
+    assert run("edit", first, told, "-o", second, *model, "--seconds", 0.6, "--rounds", 1)[0] == 0
+    assert len(read_motion(second)) == 12
+    assert json.loads(second.with_suffix(".json").read_text())["rounds"] == 1
+    status, _, err = run("describe", second, *model)
+    assert status == 0 or "wrote nothing" in err
 
 
 def test_bad_requests(run: Run, clip: Motion, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ walk.save("walk.bvh")
 model.edit("walk.bvh", weft.weave("keep the action, take the style of {zombie.bvh}"))
 model.describe("walk.bvh")
 
-One request is one record, whatever its task: a model only answers records (`Responder`).
+One request is one record, whatever its task: a model only answers records
+(`weft.types.TokenModel`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import weft
 from weft.errors import WeftError
@@ -24,11 +25,12 @@ from weft.rng import seed_of
 
 if TYPE_CHECKING:
     from weft.motion import Motion
+    from weft.types import TokenModel
 
 DEFAULT = "tiny-motion"
 FAMILIES = {"OmniMoGenPipeline": "weft.models.motion.load"}
 """The class that a motion model's `model_index.json` declares -> the module whose `load(folder, device=, dtype=,
-lora=)` opens it as a `Responder`."""
+lora=)` opens it as a `weft.types.TokenModel`."""
 QUESTION = "Describe the movement."
 
 Movement = Any  # a path, a weft.motion.Motion, or a motion part
@@ -39,7 +41,8 @@ class MotionOptions:
     """How movements and their texts are sampled; None is the model's own default.
 
     `seconds` fixes the length of a movement, `temperature` 0 always takes the likeliest token, `guidance` 1 switches
-    guidance off; `batch` changes the speed and the memory, never the outputs. Raises `WeftError` for numbers out of
+    guidance off; with `rounds` the model judges its movement in words and makes it again, at most so often; `batch`
+    changes the speed and the memory, never the outputs. Raises `WeftError` for numbers out of
     range.
     """
 
@@ -49,6 +52,7 @@ class MotionOptions:
     top_p: float | None = None
     guidance: float | None = None
     batch: int = 8
+    rounds: int = 0
 
     def __post_init__(self) -> None:
         for name, least, most, what in (
@@ -58,26 +62,11 @@ class MotionOptions:
             ("top_p", 1e-6, 1.0, "above 0 and at most 1"),
             ("guidance", 1.0, 100.0, "at least 1 (1: no guidance)"),
             ("batch", 1, 1 << 20, "at least 1"),
+            ("rounds", 0, 10, "from 0 (no reflection) to 10"),
         ):
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise WeftError(f"{name} is {value:g}; it must be {what}")
-
-
-class Responder(Protocol):
-    """What a motion model has to be: something that answers records."""
-
-    name: str
-
-    def respond(
-        self, records: Sequence[Record], *, seeds: Sequence[int], options: MotionOptions
-    ) -> list[list[Part]]:  # fmt: skip
-        """The assistant's parts for each record: texts, and motion parts whose value is a `weft.motion.Motion`.
-
-        What is answered, a movement or a text, follows from the instruction; `record.task` "describe" wants a text.
-        Answer k depends on record k and seed k alone, not on the batch.
-        """
-        ...
 
 
 @dataclass(slots=True)
@@ -113,10 +102,10 @@ class MotionOutput:
 
 
 class MotionModel:
-    """A responder with its name. Every output is a function of (model, record, options, its own seed)."""
+    """A motion model with its name. Every output is a function of (model, record, options, its own seed)."""
 
-    def __init__(self, responder: Responder, name: str | None = None) -> None:
-        self.responder, self.name = responder, name or responder.name
+    def __init__(self, model: TokenModel, name: str | None = None) -> None:
+        self.model, self.name = model, name or model.name
 
     def __repr__(self) -> str:
         return f"weft.MotionModel({self.name!r})"
@@ -167,11 +156,21 @@ class MotionModel:
         jobs = [(record, seeds[i * n + k]) for i, record in enumerate(records) for k in range(n)]
         for start in range(0, len(jobs), options.batch):
             part = jobs[start : start + options.batch]
-            answers = self.responder.respond([r for r, _ in part], seeds=[s for _, s in part], options=options)
+            answers = self._answers([r for r, _ in part], [s for _, s in part], options)
             for (record, one), parts in zip(part, answers, strict=True):
                 facts = {"weft": weft.__version__, "model": self.name, "instruction": record.instruction, "seed": one}
                 asked = {k: getattr(options, k) for k in ("seconds", "temperature", "top_k", "top_p", "guidance")}
+                asked["rounds"] = options.rounds or None
                 yield MotionOutput(record, parts, one, facts | {k: v for k, v in asked.items() if v is not None})
+
+    def _answers(
+        self, records: Sequence[Record], seeds: Sequence[int], options: MotionOptions
+    ) -> list[list[Part]]:  # fmt: skip
+        if not options.rounds:
+            return self.model.respond(records, seeds=seeds, options=options)
+        from weft.models.motion.think import think
+
+        return think(self.model, records, seeds=seeds, rounds=options.rounds, options=options)
 
     def _movement(self, record: Record, seed: int, options: MotionOptions) -> Motion:
         (output,) = self.run([record], seeds=[seed], options=options)

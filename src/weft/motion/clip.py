@@ -16,6 +16,8 @@ from weft.motion.features import extract, place, retarget
 from weft.motion.recover import recover
 from weft.motion.skeleton import HUMANML3D, Layout, layout_of
 
+LONGEST = 5_000_000  # frames: almost three days at 20 a second; a file that asks for more is damaged
+
 
 @dataclass(slots=True)
 class Motion:
@@ -145,6 +147,11 @@ def resample(joints: np.ndarray, fps: float, to: float, *, method: str = "linear
         return joints[:: max(int(fps / to), 1)].copy()
     if method != "linear":
         raise WeftError(f"method: '{method}' is unknown, use linear or stride")
+    if not (len(joints) - 1) * to / fps < LONGEST:
+        raise WeftError(
+            f"{(len(joints) - 1) / fps:g} s at {to:g} frames a second: the longest clip is {LONGEST} frames; is the "
+            "frame rate right?"
+        )
     count = int((len(joints) - 1) * to / fps + 1e-6) + 1
     at = np.minimum(np.arange(count) * (fps / to), len(joints) - 1)
     low = np.minimum(at.astype(int), max(len(joints) - 2, 0))

@@ -15,6 +15,7 @@ import numpy as np
 from weft.motion.rotation import unit
 from weft.motion.skeleton import HUMANML3D, KIT, Layout
 
+COLOURS = {"left": (0.33, 0.53, 0.82), "right": (0.90, 0.50, 0.34), "middle": (0.88, 0.86, 0.82)}
 FRAMES = ("hips", "chest", "head")
 # left, right, below, above: across is left - right, up is above - below
 _AXES = {
@@ -137,8 +138,11 @@ def table(layout: Layout) -> dict[str, Any]:
 
 def stature(joints: np.ndarray, layout: Layout) -> float:
     """Size of the body [T, J, 3] in metres relative to the reference skeleton, by its first frame's legs and trunk."""
-    chain = [_joint(layout, n) for n in ("left_ankle", "left_knee", "left_hip", "pelvis", "spine3", "neck", "head")]
-    length = np.linalg.norm(np.diff(joints[0, chain], axis=0), axis=-1).sum()
+    length = 0.0
+    for side in ("left", "right"):
+        names = (f"{side}_ankle", f"{side}_knee", f"{side}_hip", "pelvis", "spine3", "neck", "head")
+        chain = [_joint(layout, name) for name in names]
+        length += float(np.linalg.norm(np.diff(joints[0, chain], axis=0), axis=-1).sum()) / 2
     return float(np.clip(length / 1.55, 0.2, 5.0))
 
 

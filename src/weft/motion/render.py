@@ -16,10 +16,9 @@ from scipy.ndimage import gaussian_filter, gaussian_filter1d, map_coordinates
 
 from weft.errors import WeftError
 from weft.motion.clip import Motion
-from weft.motion.figure import SIDES, solids
+from weft.motion.figure import COLOURS, SIDES, solids
 from weft.motion.skeleton import KIT
 
-COLOURS = {"left": (0.33, 0.53, 0.82), "right": (0.90, 0.50, 0.34), "middle": (0.88, 0.86, 0.82)}
 _SHADES = (1.0, 0.70, 0.48, 0.85)  # of the first, second ... figure of a scene
 _LIGHT = np.array([0.42, 0.80, 0.43]) / np.linalg.norm([0.42, 0.80, 0.43])
 _BLEND = 70.0  # 1/m: surfaces 1/70 m apart in depth mix by 1/e

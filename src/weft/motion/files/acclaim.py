@@ -103,7 +103,9 @@ def _bones(rows: list[list[str]], degrees: bool) -> dict[str, _Bone]:
                 bone.length = float(row[1])
             case "axis":
                 bone.axis = np.array([float(v) for v in row[1:4]]) * (1 if degrees else 180 / np.pi)
-                bone.order = row[4]
+                bone.order = row[4].upper()
+                if sorted(bone.order) != ["X", "Y", "Z"]:
+                    raise ValueError(f"axis order '{row[4]}' of {bone.name}")
             case "dof":
                 bone.freedoms = [v.lower() for v in row[1:]]
             case "end":

@@ -10,12 +10,14 @@ import numpy as np
 
 from weft.errors import WeftError
 from weft.media import atomic_write
-from weft.motion.clip import Motion
+from weft.motion.clip import LONGEST, Motion
+from weft.motion.figure import COLOURS, SOLIDS, solids
 from weft.motion.ik import Pose, rest_positions, solve
 from weft.motion.rig import Rig
-from weft.motion.rotation import from_matrix, multiply, rotate, slerp
+from weft.motion.rotation import from_matrix, multiply, rotate, slerp, unit
+from weft.motion.skeleton import HUMANML3D
 
-_FLOAT, _USHORT, _UINT = 5126, 5123, 5125
+_FLOAT, _UBYTE, _UINT = 5126, 5121, 5125
 _COUNTS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
 _TYPES = {5120: "i1", 5121: "u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 
@@ -42,13 +44,22 @@ def write_glb(motion: Motion, path: str | Path, *, exact: bool = False, metadata
     rest = rest_positions(pose)
     count = len(pose.names)
 
-    def accessor(array: np.ndarray, kind: str, component: int, target: int | None = None, bounds: bool = False) -> int:
+    def accessor(
+        array: np.ndarray,
+        kind: str,
+        component: int,
+        target: int | None = None,
+        *,
+        bounds: bool = False,
+        share: bool = False,
+    ) -> int:
         array = np.ascontiguousarray(array, dtype=_TYPES[component])
         while len(data) % 4:
             data.append(0)
         doc.bufferViews.append(gltf.BufferView(buffer=0, byteOffset=len(data), byteLength=array.nbytes, target=target))
         data.extend(array.tobytes())
         made = gltf.Accessor(bufferView=len(doc.bufferViews) - 1, componentType=component, count=len(array), type=kind)
+        made.normalized = share  # whole numbers stand for 0 to 1
         if bounds:
             flat = array.reshape(len(array), -1)
             made.min, made.max = flat.min(0).tolist(), flat.max(0).tolist()
@@ -60,15 +71,16 @@ def write_glb(motion: Motion, path: str | Path, *, exact: bool = False, metadata
         doc.nodes.append(gltf.Node(name=name, translation=pose.offsets[k].tolist(), children=children))
     inverse = np.tile(np.eye(4), (count, 1, 1))
     inverse[:, :3, 3] = -rest
-    points, normals, joints, triangles = _figure(pose, rest)
+    points, normals, joints, colours, triangles = _figure(pose, rest)
     weights = np.zeros((len(points), 4))
-    weights[:, 0] = 1
+    weights[:, 0] = 255
     mesh = gltf.Primitive(
         attributes=gltf.Attributes(
             POSITION=accessor(points, "VEC3", _FLOAT, 34962, bounds=True),
             NORMAL=accessor(normals, "VEC3", _FLOAT, 34962),
-            JOINTS_0=accessor(np.stack([joints, joints * 0, joints * 0, joints * 0], 1), "VEC4", _USHORT, 34962),
-            WEIGHTS_0=accessor(weights, "VEC4", _FLOAT, 34962),
+            COLOR_0=accessor(colours, "VEC4", _UBYTE, 34962, share=True),
+            JOINTS_0=accessor(np.stack([joints, joints * 0, joints * 0, joints * 0], 1), "VEC4", _UBYTE, 34962),
+            WEIGHTS_0=accessor(weights, "VEC4", _UBYTE, 34962, share=True),
         ),
         indices=accessor(triangles.reshape(-1), "SCALAR", _UINT, 34963),
         material=0,
@@ -77,7 +89,7 @@ def write_glb(motion: Motion, path: str | Path, *, exact: bool = False, metadata
         gltf.Material(
             name="figure",
             pbrMetallicRoughness=gltf.PbrMetallicRoughness(
-                baseColorFactor=[0.45, 0.6, 0.8, 1.0], metallicFactor=0.0, roughnessFactor=0.7
+                baseColorFactor=[1.0, 1.0, 1.0, 1.0], metallicFactor=0.0, roughnessFactor=0.7
             ),
         )
     )
@@ -119,34 +131,34 @@ def write_glb(motion: Motion, path: str | Path, *, exact: bool = False, metadata
     return pose
 
 
-_WIDTH = {"hip": 0.06, "knee": 0.07, "ankle": 0.05, "foot": 0.04, "spine1": 0.1, "spine2": 0.11, "spine3": 0.12,
-          "neck": 0.05, "head": 0.05, "collar": 0.05, "shoulder": 0.05, "elbow": 0.045, "wrist": 0.035}  # fmt: skip
+_AROUND = 8  # corners around a capsule
 
 
-def _figure(pose: Pose, rest: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """One pointed solid per bone, moved by the joint at its start: points, normals, joints, triangles."""
+def _figure(pose: Pose, rest: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The body at rest as capsules: corners [N, 3], normals, the joint that carries each, colours [N, 4], triangles."""
+    starts, stops, radii = solids(rest[None], HUMANML3D)
+    turns = np.arange(_AROUND) * 2 * np.pi / _AROUND
+    rise = np.radians([-90, -50, 0, 0, 50, 90])  # rings of both caps
     points: list[np.ndarray] = []
-    joints: list[int] = []
-    bones = [(p, rest[p], rest[k], pose.names[k]) for k, p in enumerate(pose.parents) if p >= 0]
-    bones += [(k, rest[k], rest[k] + end, pose.names[k]) for k, end in pose.ends.items()]
-    for joint, start, stop, name in bones:
-        along = stop - start
-        length = float(np.linalg.norm(along))
-        direction = along / length
-        side = np.cross(direction, [0.0, 0, 1] if abs(direction[2]) < 0.9 else [0.0, 1, 0])
-        side /= np.linalg.norm(side)
-        other = np.cross(direction, side)
-        radius = min(_WIDTH[name.rpartition("_")[2]], 0.45 * length + 0.02)
-        ring = [start + 0.3 * along + radius * (np.cos(a) * side + np.sin(a) * other) for a in np.arange(6) * np.pi / 3]
-        for k in range(6):
-            one, two = ring[k], ring[(k + 1) % 6]
-            points += [start, two, one, one, two, stop]
-            joints += [joint] * 6
-    corners = np.array(points).reshape(-1, 3, 3)
-    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
-    corner_count = len(points)
-    return np.array(points), np.repeat(normals, 3, axis=0), np.array(joints), np.arange(corner_count)
+    normals, joints, colours, triangles = [], [], [], []
+    for k, solid in enumerate(SOLIDS):
+        along = unit(stops[0, k] - starts[0, k])
+        along = along if along.any() else np.array([0.0, 1.0, 0.0])
+        side = unit(np.cross(along, [0.0, 0, 1] if abs(along[2]) < 0.9 else [0.0, 1, 0]))
+        round_ = np.cos(turns)[:, None] * side + np.sin(turns)[:, None] * np.cross(along, side)
+        normal = np.cos(rise)[:, None, None] * round_ + np.sin(rise)[:, None, None] * along  # [rings, around, 3]
+        centre, radius = np.repeat([starts[0, k], stops[0, k]], 3, axis=0), np.repeat(radii[k], 3)
+        first = sum(len(p) for p in points)
+        points.append((centre[:, None] + radius[:, None, None] * normal).reshape(-1, 3))
+        normals.append(normal.reshape(-1, 3))
+        joints.append(np.full(len(points[-1]), pose.names.index(solid.bone)))
+        linear = np.array([*COLOURS[solid.side]]) ** 2.2  # colours of corners are linear light
+        colours.append(np.tile(np.append(linear, 1.0) * 255, (len(points[-1]), 1)).round())
+        ring, step = np.divmod(np.arange((len(rise) - 1) * _AROUND), _AROUND)
+        a, b = ring * _AROUND + step, ring * _AROUND + (step + 1) % _AROUND
+        corners = np.stack([a, b, b + _AROUND, a, b + _AROUND, a + _AROUND], axis=-1)
+        triangles.append(first + corners.reshape(-1, 3))
+    return tuple(np.concatenate(part) for part in (points, normals, joints, colours, triangles))
 
 
 def read_glb(path: str | Path, *, fps: float = 20.0) -> Rig:
@@ -181,6 +193,8 @@ def _sample(doc: Any, blob: bytes, path: Path, fps: float) -> Rig:
         start = (view.byteOffset or 0) + (made.byteOffset or 0)
         stride = view.byteStride or size * kind.itemsize
         rows = np.ndarray((made.count, size), kind, blob, start, (stride, kind.itemsize))
+        if kind.kind == "f" and not np.isfinite(rows).all():
+            raise WeftError(f"{path}: NaN or infinity in accessor {k}: export it again")
         scale = float(np.iinfo(kind).max) if made.normalized else 1.0
         return rows.astype(np.float64) / scale
 
@@ -193,6 +207,8 @@ def _sample(doc: Any, blob: bytes, path: Path, fps: float) -> Rig:
             track = track[1::3]
         tracks[channel.target.node, channel.target.path] = times, track, sampler.interpolation == "STEP"
     end = max(t[-1] for t, _, _ in tracks.values())
+    if not end * fps < LONGEST:
+        raise WeftError(f"{path}: {end:g} s of movement at {fps:g} frames a second: the longest is {LONGEST} frames")
     at = np.arange(int(end * fps + 1e-4) + 1) / fps
 
     parents = [-1] * len(doc.nodes)
