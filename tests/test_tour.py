@@ -22,6 +22,7 @@ def test_the_tour_runs_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tour, "probe", lambda model: tour.Pace(0.01, 0.01, 0.01, 0.01, steps=2, guidance=1.0))
     monkeypatch.setattr(tour, "SENTENCES", 2)
     monkeypatch.setattr(tour, "CHAINS", (("recolour", "add"),))
+    monkeypatch.setattr("weft.cli.shipped.picture_model", lambda references: "tiny-kontext")  # see test_omni.py
     lines: list[str] = []
     out = tmp_path / "tour"
     (out / tour.WORK).mkdir(parents=True)
