@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import weft
+from tiny import tiny_kontext_folder
 from weft.errors import WeftError
 from weft.evals.judge import ATTACKS, evaluate_judge
 from weft.evals.judge_gap import gap_curve, gap_evaluator
@@ -280,6 +281,22 @@ def test_the_gap_is_a_curve_with_an_alarm(monkeypatch, tmp_path: Path) -> None:
     again = gap_evaluator(lambda batch: [Score(0.5)] * len(batch), base, log=tmp_path / "log.jsonl", say=said.append)
     assert again(None, 20)["grown"] == pytest.approx(0.45)  # type: ignore[arg-type]  # as before the resume
     assert set(MAKERS) >= {"target", "copy"}
+
+
+def test_the_command_keeps_its_samples(tmp_path: Path, capsys, monkeypatch) -> None:
+    import weft.evals.samples as module
+    from weft.cli.main import main
+
+    model = f"young={tiny_kontext_folder(tmp_path / 'model')}"
+    call = ["eval", "judge", "oracle", "--models", model, "--steps", "1", "--count", "2", "--seeds", "2"]
+    call += ["--attacks", "0", "-o", str(tmp_path / "out")]
+    assert main(call) == 0
+    first = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(first["groups"]) == ["young, 1 steps", "young, 1 steps, tone (held out)", "drawn attempts"]
+    assert first["groups"]["young, 1 steps"]["count"] == 4 and first["groups"]["young, 1 steps"]["gap"]["value"] == 0
+    monkeypatch.setattr(module, "samples", lambda *given: pytest.fail("sampled again"))
+    assert main(call) == 0 and json.loads((tmp_path / "out" / "results.json").read_text()) == first
+    assert main([*call, "--seeds", "1"]) == 2 and "two or more samples" in capsys.readouterr().err
 
 
 # -- the one that ships

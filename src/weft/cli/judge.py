@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -80,7 +80,7 @@ class EvalJudge:
         print(path)
         return 0
 
-    def scorer(self):  # noqa: ANN201
+    def scorer(self) -> Any:
         """The scorer that the first argument names."""
         from weft.cli.reward import SCORERS, make_scorer
         from weft.reward.judge import judge_folder

@@ -24,8 +24,8 @@ from weft.errors import WeftError
 from weft.rng import seed_of
 from weft.vlm.processor import Processor
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
-SPECIAL += ("<|video_pad|>",)
+PADS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *PADS)
 SECTIONS = ("seed", "corpus", "tokenizer", "text", "vision", "pictures")
 # The turns of Qwen's template; no system line, which a small model would have to read every time.
 TEMPLATE = """\
