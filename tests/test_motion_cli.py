@@ -169,6 +169,8 @@ def test_convert_files(run: Run, clip: Motion, tmp_path: Path) -> None:
         small = ("--size", 32) if name in ("a.gif", "a.mp4") else ()
         words = ("data", "convert", one, "-o", tmp_path / name, "--fps", 10, *small)
         assert run(*words)[:2] == (0, f"{tmp_path / name}\n")
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 12 and gif.info["duration"] == 100
     assert read_motion(tmp_path / "a.npz").fps == 10 and len(read_motion(tmp_path / "a.npz")) == 12
     assert run("data", "convert", one, "-o", tmp_path / "f.npy", "--to", "features", "--heading", "correct")[0] == 0
     assert np.abs(np.load(tmp_path / "f.npy") - read_motion(one).features(heading="correct")).max() < 1e-6

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -121,7 +121,9 @@ def convert_files(
         raise WeftError(f"exact does nothing for {to}: leave it out")
     if size is not None and to not in ("gif", "mp4"):
         raise WeftError(f"size does nothing for {to}: leave it out")
-    options = {"exact": True} if exact else {"size": size} if size is not None else {}
+    options: dict[str, Any] = {"exact": True} if exact else {"size": size} if size is not None else {}
+    if to in ("gif", "mp4") and reading.fps is not None:
+        options["fps"] = reading.fps
     files = motion_files(source)
     suffix = ".npy" if to == "features" else f".{to}"
     single = source.is_file()
