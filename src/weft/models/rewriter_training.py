@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ class RewriterTrainable:
     `record.meta[target]` out, inside the tags `<{tag}> </{tag}>`, or `structured`, as a JSON object.
 
     `fit`, `structured`, `edit_fields`: see `weft.models.rewriter.Form`; the saved folder keeps them. `vision`: train
-    the vision tower, too (not with LoRA, whose targets name the layers). The loss of a sample is the mean over its
-    answer's tokens.
+    the vision tower, too (not with LoRA, whose targets name the layers). `attention`: "eager" is faster on a CPU in
+    bf16. The loss of a sample is the mean over its answer's tokens.
     """
 
     name = "rewriter"
@@ -47,12 +47,16 @@ class RewriterTrainable:
         structured: bool = False,
         edit_fields: Sequence[str] = FIELDS,
         vision: bool = False,
+        attention: Literal["sdpa", "eager"] = "sdpa",
     ) -> None:
         self.form = Form(fit, structured, tuple(edit_fields))
         self.reader = load_vlm(find_vlm(str(path), Path()), device="cpu", dtype=torch.float32)
         self.model: Any = self.reader.model
         self.model.requires_grad_(True)
         self.model.model.visual.requires_grad_(vision)
+        if attention not in ("sdpa", "eager"):
+            raise WeftError(f"attention {attention!r} is unknown; choose sdpa or eager")
+        self.model.set_attn_implementation({"text_config": attention, "vision_config": "sdpa"})
         self.target, self.tag = target, tag
 
     def modules(self) -> dict[str, nn.Module]:

@@ -140,10 +140,12 @@ def _flow(config: Recipe) -> Networks:
     transformer: Any = modules["transformer"]
     text = _text(config, folder, modules)
     side, multiple = _picture(folder, modules)
-    operations = _operations(transformer)
+    words = round(text(0))
+    operations = _operations(transformer, words)
     return Networks(
         modules, side, multiple, *_width(transformer), text,
-        lambda cells, pictures: operations(cells, round(text(pictures))),
+        # where the text grows with the pictures (Qwen), a token of it costs what one of them does
+        lambda cells, pictures: operations(cells + text(pictures) - words),
     )  # fmt: skip
 
 
@@ -173,7 +175,7 @@ def _metaquery(config: Recipe, assumed: list[str]) -> Networks:
     modules["conditioner"] = conditioner
     queries = conditioner.config.num_queries
     side, multiple = _picture(folder, modules)
-    operations = _operations(transformer)
+    operations = _operations(transformer, queries)
     reads = "conditioner" in (config.model.train or []) and args.get("train_queries", True)
     shown = (side / 28) ** 2
     connector = 2.0 * queries * sum(p.numel() for p in conditioner.parameters())
@@ -186,7 +188,7 @@ def _metaquery(config: Recipe, assumed: list[str]) -> Networks:
     return Networks(
         modules, side, multiple, *_width(transformer), lambda pictures: float(queries),
         lambda cells, pictures: (
-            operations(cells, queries) + connector + language * (queries + WORDS + shown * pictures)
+            operations(cells) + connector + language * (queries + WORDS + shown * pictures)
         ),
     )  # fmt: skip
 
@@ -300,27 +302,28 @@ def _text(config: Recipe, folder: Path | None, modules: dict[str, Any]) -> Calla
     return lambda pictures: float(length)
 
 
-def _operations(transformer: Any) -> Callable[[float, int], float]:
-    """Operations of one forward of one sample as a function of its picture tokens and text tokens.
+def _operations(transformer: Any, text: int) -> Callable[[float], float]:
+    """Operations of one forward of one sample with `text` tokens of text as a function of its picture tokens.
 
     Counted on the meta device at three small lengths: linear layers make them linear, attention quadratic, so that
-    three points fix them for every length. References cost what as many tokens of the target would.
+    three points fix them for every length. References cost what as many tokens of the target would. The counting
+    waits for the first question, when adapters are on.
     """
     import numpy as np
     from torch.utils.flop_counter import FlopCounterMode
 
-    curves: dict[int, Any] = {}
+    found: list[Any] = []
     lengths = (16, 32, 48)
 
-    def operations(tokens: float, text: int) -> float:
-        if text not in curves:
+    def operations(tokens: float) -> float:
+        if not found:
             counts = []
             for length in lengths:
                 with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
                     transformer(**_inputs(transformer, length, text))
                 counts.append(float(counter.get_total_flops()))
-            curves[text] = np.polynomial.Polynomial.fit(lengths, counts, 2).convert()
-        return float(curves[text](tokens))
+            found.append(np.polynomial.Polynomial.fit(lengths, counts, 2).convert())
+        return float(found[0](tokens))
 
     return operations
 
