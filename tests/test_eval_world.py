@@ -242,7 +242,9 @@ def test_groups_with_references_say_what_they_gave(tmp_path: Path, capsys: pytes
     out = capsys.readouterr().out
     assert "editing from references: 3" in out and "copy %" in out and "local %" in out
     copied = evaluate_world(Ideal(source), groups=["multi_edit/3 references"], count=3, steps=1)
-    assert all(value.value == 0 for value in copied.groups["multi_edit/3 references"].concepts.values())
+    group = copied.groups["multi_edit/3 references"]
+    # among three changes that are missing the oracle may take one for done, never all
+    assert group.success.value == 0 and group.requests and group.requests.value < 0.5
 
 
 def test_evaluator_for_training_is_a_plain_function() -> None:
