@@ -83,24 +83,19 @@ class Upstream:
         return self.code.recover_from_rot(data, len(self.layout.joints), skeleton).numpy()
 
 
-def precisions(upstream: Upstream) -> dict[str, dict[str, float]]:
-    """Where limbs come near the opposite of their rest direction, float32 loses digits: whose, and how many?"""
-    from motion_clips import procedural
-
-    found: dict[str, dict[str, float]] = {}
-    for k in range(8):
-        clip = procedural(120, k, swing=1.6)
-        rows = {
-            "weft": extract(clip),
-            "public": upstream.extract(clip),
-            "public float64": upstream.extract_float64(clip),
+def precisions(
+    upstream: Upstream, clips: list[np.ndarray], ours: list[np.ndarray], theirs: list[np.ndarray]
+) -> dict[str, dict[str, float]]:
+    """Where a bone comes near the opposite of its rest direction, float32 loses digits: whose, and how many?"""
+    exact = [upstream.extract_float64(clip) for clip in clips]
+    pairs = {"weft to public float64": (ours, exact), "public to public float64": (theirs, exact)}
+    return {
+        name: {
+            block: max(float(np.abs(a[:, columns] - b[:, columns]).max()) for a, b in zip(one, other, strict=True))
+            for block, columns in HUMANML3D.blocks().items()
         }
-        for one, other in (("weft", "public"), ("weft", "public float64"), ("public", "public float64")):
-            worst = found.setdefault(f"{one} to {other}", {})
-            for name, block in HUMANML3D.blocks().items():
-                gap = float(np.abs(rows[one][:, block] - rows[other][:, block]).max())
-                worst[name] = max(worst.get(name, 0.0), gap)
-    return found
+        for name, (one, other) in pairs.items()
+    }
 
 
 def best(work: Callable[[], Any], rounds: int) -> float:
@@ -133,7 +128,7 @@ def main() -> None:
     for source, function in pairs:
         worst[f"from {source}"] = max(float(np.abs(recover(f, source) - function(f)).max()) for f in theirs)
 
-    precision = precisions(upstream)
+    precision = precisions(upstream, clips, ours, theirs)
     timed = {"extract": (best(lambda: [upstream.extract(c) for c in clips], 3), best(lambda: extract(clips), 7))}
     for source, function in pairs:
         slow = best(lambda function=function: [function(f) for f in theirs], 3)
