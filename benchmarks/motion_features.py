@@ -138,9 +138,7 @@ def main() -> None:
     print(f"upstream {commit.stdout.strip()[:12] or 'unknown'}, {len(clips)} clips, {sum(map(len, clips))} frames\n")
     print("largest difference: " + ", ".join(f"{k} {v:.1e}" for k, v in worst.items()) + "\n")
     for name, difference in precision.items():
-        print(
-            f"limbs that swing up to half a turn, {name}: " + ", ".join(f"{k} {v:.1e}" for k, v in difference.items())
-        )
+        print(f"{name}: " + ", ".join(f"{k} {v:.1e}" for k, v in difference.items()))
     print()
     for name, (slow, fast) in timed.items():
         print(f"{name:16} public {1e3 * slow:8.1f} ms   weft {1e3 * fast:7.1f} ms   {slow / fast:6.1f} x")
