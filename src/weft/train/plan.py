@@ -109,7 +109,7 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     references = _references(config, assumed)
     stages = _stages(config, nets, references)
     # a backward pass costs two forwards: one for inputs, one for weights (which LoRA hardly has)
-    backward = (1 if lora is not None else 2) + (1 if config.model.gradient_checkpointing else 0)
+    backward = (1 if lora is not None else 2) + (1 if _recomputes(config) else 0)
     epoch: EpochPlan | None = None
     if config.rollout is not None:
         epoch = epoch_plan(config, _records(config))
@@ -165,6 +165,11 @@ def _references(config: Recipe, assumed: list[str]) -> float:
     if guessed:
         assumed.append("data that are not here: one input picture in each sample, none in groups named gen...")
     return mean
+
+
+def _recomputes(config: Recipe) -> bool:
+    """Whether activations are made again in the backward pass; a MetaQuery model is told so itself."""
+    return config.model.gradient_checkpointing or bool(config.trainable_args.get("gradient_checkpointing"))
 
 
 def _stages(config: Recipe, nets: Networks, references: float) -> list[StagePlan]:
@@ -230,8 +235,8 @@ def _memory(
     if nets.flops is not None:
         half = 2 if config.run.precision == "bf16" else 4
         micro = [s.batch_size or config.run.batch_size for s in config.stages] or [config.run.batch_size]
-        per_layer = 2 if config.model.gradient_checkpointing else 34
-        layers = nets.layers + (17 if config.model.gradient_checkpointing else 0)  # and one layer in full: 34 / 2
+        per_layer = 2 if _recomputes(config) else 34
+        layers = nets.layers + (17 if _recomputes(config) else 0)  # and one layer in full: 34 / 2
         peak = max(m * s.tokens for m, s in zip(micro, stages, strict=True))
         memory["activations"] = peak * nets.width * layers * per_layer * half / 2
         assumed.append(
