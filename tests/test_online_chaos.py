@@ -82,7 +82,7 @@ def outcome(model: Any) -> list[float]:
 
 def trained_with(folder: Any, out: Any, reward: Any) -> tuple[list[float], list[float]]:
     """The outcome before and after a short run."""
-    tree = recipe(folder, out, "nft", {"old": "copy", "kl": 0}, model={"lora": None}, optim={"lr": 2e-3}, reward=None)
+    tree = recipe(folder, out, "nft", {"old": "copy", "kl": 0}, model={"lora": None}, optim={"lr": 1e-3}, reward=None)
     tree["rollout"] |= {"groups": 2, "group_size": 12, "batch": 8, "updates": 1}
     tree["run"] |= {"steps": STEPS, "batch_size": 24, "export": False}
     trainer = Trainer(read_recipe(tree), {}, quiet, reward)
