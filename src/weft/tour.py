@@ -62,7 +62,7 @@ class Pace:
         """Training records, each drawn and encoded once."""
         return _between(seconds / self.example, 96, 704)
 
-    def train_steps(self, batch: int, seconds: float = 45.0) -> int:
+    def train_steps(self, batch: int, seconds: float = 80.0) -> int:
         """Steps of the fine-tuning."""
         return _between(seconds / (self.train * batch), 20, 500)
 
@@ -261,7 +261,7 @@ def teach(model: Model, found: Findings, folder: Path, seed: int, say: Say) -> N
     path = find_recipe("tiny/tour_tone")
     batch = read_recipe(path).run.batch_size
     steps, examples = found.pace.train_steps(batch), found.pace.examples()
-    tone, known = round(examples * 0.7), round(examples * 0.3)
+    tone, known = round(examples * 0.6), round(examples * 0.4)
     say(f"training {steps} steps of {batch} samples on {tone} records of the new kind and {known} of the known ones")
     start = time.perf_counter()
     result = run(
