@@ -88,7 +88,10 @@ class ModelOptions:
         return weft.load_motion(self.model or "tiny-motion", device=self.device, dtype=self.dtype, lora=self.lora)
 
     def load(self, references: bool = False) -> Model:
-        """The loaded model, by default the one for requests with or without `references`; its licence, where one is known, goes to stderr."""
+        """The loaded model, by default the one for requests with or without `references`.
+
+        Its licence, where one is known, goes to stderr.
+        """
         import sys
 
         import weft

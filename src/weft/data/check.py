@@ -66,7 +66,10 @@ def _reason(fault: str) -> str:
 
 
 def check_records(source: str | Path | SourceConfig) -> Report:
-    """Read a JSONL file of records, or any source of files, with all pictures and movements. Bad rows are reported, never raised."""
+    """Read a JSONL file of records, or any source of files, with all pictures and movements.
+
+    Bad rows are reported, never raised.
+    """
     config = source if isinstance(source, SourceConfig) else SourceConfig("jsonl", str(source))
     found = read_source(config)
     report = Report(config.path, rows=found.rows, faults=list(found.faults))
