@@ -62,7 +62,7 @@ class Pace:
         """Training records, each drawn and encoded once."""
         return _between(seconds / self.example, 96, 704)
 
-    def train_steps(self, batch: int, seconds: float = 60.0) -> int:
+    def train_steps(self, batch: int, seconds: float = 75.0) -> int:
         """Steps of the fine-tuning."""
         return _between(seconds / (self.train * batch), 20, 500)
 
