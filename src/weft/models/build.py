@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from weft.data.sources import SourceConfig, load_source
-from weft.errors import WeftError
+from weft.errors import WeftError, exit_status
+from weft.models.sections import read_sections
 from weft.models.tokenizers import clip_tokenizer, t5_tokenizer
 from weft.models.weights import SD3_OPTIONAL, SD3_PARTS, load_sd3_parts, save_folder
 from weft.rng import seed_of
@@ -55,27 +55,11 @@ def build(config: str | Path | dict[str, Any], out: str | Path, parts: Sequence[
 
 def read_config(config: str | Path | dict[str, Any]) -> dict[str, Any]:
     """The configuration's sections, checked by name."""
-    where = "the configuration"
-    if not isinstance(config, dict):
-        where = str(config)
-        if not Path(config).is_file():
-            raise WeftError(f"{config}: no such file")
-        try:
-            config = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise WeftError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        raise WeftError(f"{where}: must be a mapping of {', '.join(SECTIONS)}")
     known = (*SECTIONS, *TOKENIZERS)
-    for name in config:
-        if name not in known:
-            raise WeftError(f"{where}: unknown section {name!r}; known: {', '.join(known)}")
     required = [n for n in known if n not in ("seed", "scheduler", "text_encoder_3", "tokenizer_3")]
-    for name in required:
-        if name not in config:
-            raise WeftError(f"{where}: section {name!r} is missing")
+    config = read_sections(config, known, required)
     if ("text_encoder_3" in config) != ("tokenizer_3" in config):
-        raise WeftError(f"{where}: text_encoder_3 and tokenizer_3 come together; give both or neither")
+        raise WeftError("the configuration: text_encoder_3 and tokenizer_3 come together; give both or neither")
     return config
 
 
@@ -255,13 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", help="new folder")
     parser.add_argument("--from", dest="parts", action="append", default=[], help="folder with trained parts")
     options = parser.parse_args(arguments)
-    try:
-        folder = build(options.config, options.out, options.parts)
-    except WeftError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {folder}")
-    return 0
+    return exit_status(lambda: print(f"wrote {build(options.config, options.out, options.parts)}"))
 
 
 if __name__ == "__main__":

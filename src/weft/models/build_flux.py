@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
-from weft.errors import WeftError
+from weft.errors import WeftError, exit_status
 from weft.models.image.flux_kontext import FluxKontext, FluxOptions
 from weft.models.load import KONTEXT, find_model, make_options
+from weft.models.sections import read_sections
 from weft.models.weights import SD3, load_parts
 from weft.rng import seed_of
 
@@ -38,7 +38,7 @@ def build_flux(config: str | Path | dict[str, Any], parts: str | Path, out: str 
     from diffusers import FlowMatchEulerDiscreteScheduler
     from transformers import CLIPTextModel
 
-    settings = _read(config)
+    settings = read_sections(config, SECTIONS, ["transformer"])
     out = Path(out)
     if out.exists():
         raise WeftError(f"{out} exists; give a new folder, or remove it first")
@@ -105,33 +105,13 @@ def _length(settings: dict[str, Any], own: int) -> int:
     return section["length"]
 
 
-def _read(config: str | Path | dict[str, Any]) -> dict[str, Any]:
-    where = "the configuration"
-    if not isinstance(config, dict):
-        where = str(config)
-        if not Path(config).is_file():
-            raise WeftError(f"{config}: no such file")
-        config = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    if not isinstance(config, dict) or not isinstance(config.get("transformer"), dict):
-        raise WeftError(f"{where}: must be a mapping with a section transformer")
-    for name in config:
-        if name not in SECTIONS:
-            raise WeftError(f"{where}: unknown section {name!r}; known: {', '.join(SECTIONS)}")
-    return config
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: CONFIG PARTS OUT."""
     words = list(sys.argv[1:] if argv is None else argv)
     if len(words) != 3:
         print("usage: python -m weft.models.build_flux CONFIG PARTS OUT", file=sys.stderr)
         return 2
-    try:
-        print(build_flux(*words))
-    except WeftError as error:
-        print(f"weft: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: print(build_flux(*words)))
 
 
 if __name__ == "__main__":

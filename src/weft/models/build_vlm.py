@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from weft.data.sources import SourceConfig, load_source
-from weft.errors import WeftError
+from weft.errors import WeftError, exit_status
+from weft.models.sections import read_sections
 from weft.rng import seed_of
 from weft.vlm.processor import Processor
 
@@ -111,13 +111,7 @@ def build(config: str | Path | dict[str, Any], out: str | Path) -> Path:
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    settings = config if isinstance(config, dict) else _read(Path(config))
-    for name in settings:
-        if name not in SECTIONS:
-            raise WeftError(f"unknown section {name!r}; known: {', '.join(SECTIONS)}")
-    for name in ("corpus", "text", "vision", "pictures"):
-        if name not in settings:
-            raise WeftError(f"section {name!r} is missing")
+    settings = read_sections(config, SECTIONS, ("corpus", "text", "vision", "pictures"))
     out = Path(out)
     if out.exists():
         raise WeftError(f"{out} exists; give a new folder, or remove it first")
@@ -134,27 +128,13 @@ def build(config: str | Path | dict[str, Any], out: str | Path) -> Path:
     return out
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise WeftError(f"{path}: no such file")
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise WeftError(f"{path}: must be a mapping of {', '.join(SECTIONS)}")
-    return found
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m weft.models.build_vlm", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("config", help="YAML file, for example recipes/tiny/judge_model.yaml")
     parser.add_argument("out", help="new folder")
     options = parser.parse_args(arguments)
-    try:
-        print(f"wrote {build(options.config, options.out)}")
-    except WeftError as error:
-        print(f"error: {options.config}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: print(f"wrote {build(options.config, options.out)}"))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from weft.errors import WeftError
+from weft.errors import WeftError, exit_status
 from weft.models.load import family_of, find_model
 from weft.models.weights import ADAPTERS, load_parts, read_json, save_folder
 
@@ -103,15 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float)
     options = parser.parse_args(argv)
     card = {key: value for key in ("steps", "guidance") if (value := getattr(options, key)) is not None}
-    try:
+
+    def work() -> None:
         pairs = dict(item.split("=", 1) for item in options.adapter if "=" in item)
         if len(pairs) != len(options.adapter):
             raise WeftError("--adapter: write NAME=PATH, each name once, as edit=runs/tiny/omni_edit/export")
         print(share(options.model, options.other, options.out, adapters=pairs, card=card))
-    except WeftError as error:
-        print(f"weft: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from weft.errors import WeftError
+from weft.errors import exit_status
 from weft.train import run
 
 
@@ -12,12 +12,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: python -m weft.train RECIPE.yaml [key=value ...]")
         return 0 if arguments else 2
-    try:
-        run(arguments[0], arguments[1:], say=lambda line: print(line, flush=True))
-    except WeftError as error:
-        print(f"weft: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(arguments[0], arguments[1:], say=lambda line: print(line, flush=True)))
 
 
 if __name__ == "__main__":

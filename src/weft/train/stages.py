@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from weft.errors import WeftError
+from weft.errors import WeftError, exit_status
 from weft.train.config import Recipe, plain, read_recipe
 from weft.train.loop import Evaluator, RunResult, run
 
@@ -107,12 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m weft.train.stages", description="Train recipes after one another.")
     parser.add_argument("recipe", nargs="+", help="YAML files, in order; key=value among them overrides all of them")
     given = parser.parse_args(arguments).recipe
-    try:
-        run_stages([r for r in given if "=" not in r], [r for r in given if "=" in r])
-    except WeftError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run_stages([r for r in given if "=" not in r], [r for r in given if "=" in r]))
 
 
 if __name__ == "__main__":

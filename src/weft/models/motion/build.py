@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from weft.data.sources import SourceConfig, load_source
-from weft.errors import WeftError
+from weft.errors import WeftError, exit_status
 from weft.models.motion.codec import Codec, codec_of_dataset, load_codec, make_config
 from weft.models.motion.rvq import Rvq
+from weft.models.sections import read_sections
 from weft.motion.clip import Motion
 from weft.motion.features import extract
 from weft.motion.files import load_part
@@ -57,22 +57,7 @@ def build(config: str | Path | dict[str, Any], out: str | Path, trained: str | P
 
 def read_settings(config: str | Path | dict[str, Any]) -> dict[str, Any]:
     """The sections, checked by name."""
-    if not isinstance(config, dict):
-        if not Path(config).is_file():
-            raise WeftError(f"{config}: no such file")
-        try:
-            config = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise WeftError(f"not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        raise WeftError(f"the configuration must be a mapping of {', '.join(SECTIONS)}")
-    for name in config:
-        if name not in SECTIONS:
-            raise WeftError(f"unknown section {name!r}; known: {', '.join(SECTIONS)}")
-    for name in REQUIRED:
-        if not isinstance(config.get(name), dict):
-            raise WeftError(f"section {name!r} is missing")
-    return config
+    return read_sections(config, SECTIONS, REQUIRED)
 
 
 def new_codec(settings: dict[str, Any]) -> Codec:
@@ -152,12 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", help="new folder")
     parser.add_argument("--from", dest="trained", help="folder with a trained quantiser")
     options = parser.parse_args(arguments)
-    try:
-        print(f"wrote {build(options.config, options.out, options.trained)}")
-    except WeftError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: print(f"wrote {build(options.config, options.out, options.trained)}"))
 
 
 if __name__ == "__main__":
