@@ -189,12 +189,12 @@ def test_an_output_does_not_depend_on_its_batch() -> None:
             return x * 0.5  # the output keeps the noise, so it shows the seed
 
     items = list(world_items("val", ["generate"], 5, 0).values())
-    together = [np.asarray(output.image) for output in outputs(Noisy(target), items, Sampling(steps=2))]
+    together = [np.asarray(output.made) for output in outputs(Noisy(target), items, Sampling(steps=2))]
     alone = next(outputs(Noisy(target), items[3:4], Sampling(steps=2, batch_size=1)))
-    np.testing.assert_array_equal(together[3], np.asarray(alone.image))
+    np.testing.assert_array_equal(together[3], np.asarray(alone.made))
     assert not np.array_equal(together[3], together[4])
     other = next(outputs(Noisy(target), items[3:4], Sampling(steps=2, seed=1)))
-    assert not np.array_equal(together[3], np.asarray(other.image))
+    assert not np.array_equal(together[3], np.asarray(other.made))
 
 
 def test_guidance_encodes_the_negative_text() -> None:
@@ -312,7 +312,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_file_names_are_portable_and_unique() -> None:
-    assert file_name("plain-1") == "plain-1.png"
+    assert file_name("plain-1") == "plain-1"
     names = [file_name(key) for key in ("a/b", "a:b", "../a", "ä", "x" * 300, "x" * 301, "")]
     assert len(set(names)) == len(names)
     assert all("/" not in name and not name.startswith(".") and len(name) < 100 for name in names)

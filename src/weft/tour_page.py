@@ -176,8 +176,8 @@ def _taught(page: Page, found: Findings) -> None:
         assert found.before.results and found.after.results and record.source
         pictures = [
             ("source", record.load(record.source)),
-            ("before", found.before.results.image(first)),
-            ("after", found.after.results.image(row)),
+            ("before", found.before.results.made(first)),
+            ("after", found.after.results.made(row)),
             ("exact target", _target(record)),
         ]
         cards.append(Comparison(record.instruction, pictures, row["score"]["success"], row["score"]["requests"]))

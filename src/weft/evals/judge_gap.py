@@ -55,7 +55,7 @@ def gap_evaluator(
 
     def measure(model: FlowModel, step: int) -> dict[str, float]:
         made = list(outputs(model, records, Sampling(steps=steps, seed=seed)))
-        batch = [(output.record, output.image) for output in made]
+        batch = [(output.record, output.made) for output in made]
         paid = mixture.mixed(mixture.score(batch), step).total
         true = second.mixed(second.score(batch), 0).total
         both = ~(np.isnan(paid) | np.isnan(true))

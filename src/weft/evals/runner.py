@@ -1,10 +1,12 @@
 """Run a model over records, in batches, into a results folder that survives interruption and needs no model to
 be scored again.
 
-A results folder holds `run.json` (settings: what must be equal for results to be comparable), `images/*.png` and
-`results.jsonl`, one line for each finished record: its key, seed, picture (with its digest) and score. A line is
-written after its picture is in place, so whatever the file names exists; a line torn by a crash is dropped on
-opening and its record is run again.
+A results folder holds `run.json` (settings: what must be equal for results to be comparable), the outputs as files
+(`images/*.png`; movements: `weft.evals.motion_answers`) and `results.jsonl`, one line for each finished record: its
+key, seed, output (with its digest) and score. A line is written after its output is in place, so whatever the file
+names exists; a line torn by a crash is dropped on opening and its record is run again.
+
+Two things depend on what is made, and are given: a `Drawing` makes the outputs of a batch, a `Medium` keeps them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from weft.errors import WeftError
 from weft.media import atomic_write, save_image
@@ -27,11 +29,50 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from weft.record import Record
-    from weft.types import FlowModel
+    from weft.types import FlowModel, TokenModel
 
 Row = dict[str, Any]
-Scorer = Callable[[str, "Record", "Image.Image"], dict[str, Any]]
-"""(key, record, picture) -> JSON values."""
+Scorer = Callable[[str, "Record", Any], dict[str, Any]]
+"""(key, record, output) -> JSON values."""
+Extra = Callable[[Any, Sequence[str], Sequence["Record"]], list[dict[str, Any]]]
+"""(model, keys, records) -> further facts of each row."""
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Output(Generic[T]):
+    """What was made for one record (a picture; the parts of each answered turn), and its seed."""
+
+    record: Record
+    made: T
+    seed: int
+
+
+class Drawing(Protocol):
+    """How outputs are drawn from a model: options of sampling that know how to sample."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    def facts(self) -> dict[str, Any]:
+        """What determines the outputs: all but the batch size, on which no output depends."""
+        ...
+
+    def draw(self, model: Any, records: Sequence[Record]) -> Iterator[Output[Any]]:
+        """One output for each record, in order, as batches finish."""
+        ...
+
+
+class Medium(Protocol):
+    """How outputs are kept in a results folder."""
+
+    def keep(self, folder: Path, name: str, made: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Write an output's files, `name` being their stem; returns the facts of its row, which name them."""
+        ...
+
+    def read(self, folder: Path, row: Row) -> Any:
+        """The output of a row, verified against its digests."""
+        ...
 
 
 @dataclass(slots=True, frozen=True)
@@ -52,17 +93,14 @@ class Sampling:
         """What determines the outputs: all but the batch size, on which no output depends."""
         return {name: value for name, value in asdict(self).items() if name != "batch_size"}
 
-
-@dataclass(slots=True)
-class Output:
-    """One generated picture, its record and its seed."""
-
-    record: Record
-    image: Image.Image
-    seed: int
+    def draw(self, model: FlowModel, records: Sequence[Record]) -> Iterator[Output[Image.Image]]:
+        """`outputs` with these options."""
+        return outputs(model, records, self)
 
 
-def outputs(model: FlowModel, records: Sequence[Record], sampling: Sampling | None = None) -> Iterator[Output]:
+def outputs(
+    model: FlowModel, records: Sequence[Record], sampling: Sampling | None = None
+) -> Iterator[Output[Image.Image]]:
     """One output for each record, in order, as batches finish. A batch may mix tasks, sizes and reference counts.
 
     An output's seed is a function of (`sampling.seed`, record id) and of nothing else.
@@ -86,16 +124,44 @@ def outputs(model: FlowModel, records: Sequence[Record], sampling: Sampling | No
             yield Output(record, image, seed)
 
 
+class Pictures:
+    """Pictures as images/NAME.png: a `Medium`."""
+
+    def keep(self, folder: Path, name: str, made: Image.Image, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        path = f"images/{name}.png"
+        (folder / "images").mkdir(exist_ok=True)
+        save_image(made, folder / path, dict(metadata))
+        return {"image": path, "sha256": hashlib.sha256((folder / path).read_bytes()).hexdigest()}
+
+    def read(self, folder: Path, row: Row) -> Image.Image:
+        import io
+
+        from PIL import Image
+
+        return Image.open(io.BytesIO(kept_bytes(folder / row["image"], row["sha256"]))).convert("RGB")
+
+
+PICTURES = Pictures()
+
+
+def kept_bytes(path: Path, digest: str) -> bytes:
+    """A file of a results folder. Raises `WeftError` if it is not what was recorded."""
+    data = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise WeftError(f"{path}: {'changed since' if data else 'missing, but'} it was recorded; run it again")
+    return data
+
+
 class Results:
     """A results folder, opened for going on or for reading; `rows` maps keys to finished rows, in file order."""
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any] | None = None):
-        """Open `folder`, or create it for `settings`; without settings it must exist.
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any] | None = None, medium: Medium = PICTURES):
+        """Open `folder`, or create it for `settings`; without settings it must exist. `medium` keeps the outputs.
 
         Raises:
             WeftError: no results there; results of other settings (named), which would mix two runs.
         """
-        self.folder = Path(folder)
+        self.folder, self.medium = Path(folder), medium
         manifest = self.folder / "run.json"
         if manifest.exists():
             self.settings: dict[str, Any] = json.loads(manifest.read_text("utf-8"))
@@ -105,7 +171,7 @@ class Results:
             raise WeftError(f"{self.folder}: no results here (run.json is missing); give the folder of an evaluation")
         else:
             self.settings = dict(settings)
-            (self.folder / "images").mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(manifest, json.dumps(self.settings, indent=2) + "\n")
         self.rows: dict[str, Row] = self._read()
 
@@ -114,13 +180,11 @@ class Results:
         """The file of rows."""
         return self.folder / "results.jsonl"
 
-    def append(self, key: str, output: Output, facts: Mapping[str, Any], metadata: Mapping[str, Any]) -> Row:
-        """Save one output and its row: the picture first, then the line, flushed to disk."""
-        name = f"images/{file_name(key)}"
+    def append(self, key: str, output: Output[Any], facts: Mapping[str, Any], metadata: Mapping[str, Any]) -> Row:
+        """Save one output and its row: its files first, then the line, flushed to disk."""
         try:
-            save_image(output.image, self.folder / name, dict(metadata))
-            digest = hashlib.sha256((self.folder / name).read_bytes()).hexdigest()
-            row: Row = {**_row(key, output), **facts, "image": name, "sha256": digest}
+            kept = self.medium.keep(self.folder, file_name(key), output.made, metadata)
+            row: Row = {**_row(key, output), **facts, **kept}
             with self.path.open("ab") as file:
                 file.write((json.dumps(row) + "\n").encode())
                 file.flush()
@@ -132,17 +196,9 @@ class Results:
         self.rows[key] = row
         return row
 
-    def image(self, row: Row) -> Image.Image:
-        """The output of a row, verified against its digest."""
-        import io
-
-        from PIL import Image
-
-        path = self.folder / row["image"]
-        data = path.read_bytes() if path.exists() else b""
-        if hashlib.sha256(data).hexdigest() != row["sha256"]:
-            raise WeftError(f"{path}: {'changed since' if data else 'missing, but'} it was recorded; run it again")
-        return Image.open(io.BytesIO(data)).convert("RGB")
+    def made(self, row: Row) -> Any:
+        """The output of a row, verified against its digests."""
+        return self.medium.read(self.folder, row)
 
     def rewrite(self, rows: Mapping[str, Row]) -> None:
         """Replace all rows atomically."""
@@ -168,13 +224,13 @@ class Results:
 
 
 def evaluate(
-    model: FlowModel,
+    model: Any,
     items: Mapping[str, Record],
     score: Scorer,
     *,
-    sampling: Sampling,
+    sampling: Drawing,
     results: Results | None = None,
-    extra: Callable[[FlowModel, Sequence[str], Sequence[Record]], list[dict[str, Any]]] | None = None,
+    extra: Extra | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> dict[str, Row]:
     """Run and score what is not yet in `results`; returns all rows in the order of `items`.
@@ -191,8 +247,8 @@ def evaluate(
         keys = pending[start : start + sampling.batch_size]
         batch = [items[key] for key in keys]
         extras = extra(model, keys, batch) if extra else [{} for _ in batch]
-        for key, output, more in zip(keys, outputs(model, batch, sampling), extras, strict=True):
-            facts = {"score": score(key, output.record, output.image), **more}
+        for key, output, more in zip(keys, sampling.draw(model, batch), extras, strict=True):
+            facts = {"score": score(key, output.record, output.made), **more}
             if results is None:
                 rows[key] = {**_row(key, output), **facts}
             else:
@@ -204,15 +260,15 @@ def evaluate(
 
 
 def rescore(results: Results, items: Mapping[str, Record], score: Scorer) -> dict[str, Row]:
-    """Score the recorded pictures again, without a model, and rewrite the rows.
+    """Score the recorded outputs again, without a model, and rewrite the rows.
 
     Raises:
-        WeftError: a row whose record is not in `items`; a picture that is missing or changed.
+        WeftError: a row whose record is not in `items`; an output that is missing or changed.
     """
     unknown = [key for key in results.rows if key not in items]
     if unknown:
         raise WeftError(f"{results.path}: {len(unknown)} rows have no record, the first is {unknown[0]!r}")
-    rows = {key: {**row, "score": score(key, items[key], results.image(row))} for key, row in results.rows.items()}
+    rows = {key: {**row, "score": score(key, items[key], results.made(row))} for key, row in results.rows.items()}
     results.rewrite(rows)
     return {key: rows[key] for key in items if key in rows}
 
@@ -227,7 +283,7 @@ def progress_bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.advance(task, done)
 
 
-def fingerprint(model: FlowModel) -> str:
+def fingerprint(model: FlowModel | TokenModel) -> str:
     """A short digest of a model's weights, so that results of two checkpoints of one name are never mixed.
 
     Reads up to 131,072 evenly spaced values of each tensor: training moves all of them.
@@ -245,9 +301,9 @@ def fingerprint(model: FlowModel) -> str:
 
 
 def file_name(key: str) -> str:
-    """A PNG name for any key: readable, portable, unique."""
+    """A file's stem for any key: readable, portable, unique."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", key).strip("._")[:80]
-    return f"{plain}.png" if plain and plain == key else f"{plain}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.png"
+    return plain if plain and plain == key else f"{plain}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -256,7 +312,7 @@ def write_atomically(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def _row(key: str, output: Output) -> Row:
+def _row(key: str, output: Output[Any]) -> Row:
     record = output.record
     return {"key": key, "id": record.id, "task": record.task, "instruction": record.instruction, "seed": output.seed}
 

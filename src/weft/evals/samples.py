@@ -32,7 +32,7 @@ def samples(
         for seed in seeds:
             for output in outputs(model, records, Sampling(steps=count, seed=seed, batch_size=64)):
                 made = f"{name}/{count}"
-                yield graded(output.record, output.image, f"{output.record.id}@{made}#{seed}", made)
+                yield graded(output.record, output.made, f"{output.record.id}@{made}#{seed}", made)
 
 
 @dataclass(frozen=True)

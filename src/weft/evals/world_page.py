@@ -170,7 +170,7 @@ def _card(report: WorldReport, record: Record, row: Row) -> Comparison:
         pictures.append(("source", record.load(record.source)))
     first = len(pictures) + 1
     pictures += [(f"picture {first + k}", record.load(part)) for k, part in enumerate(record.references)]
-    pictures.append(("output", report.results.image(row)))
+    pictures.append(("output", report.results.made(row)))
     assert record.target is not None
     pictures.append(("target" if record.source else "a right picture", record.load(record.target)))
     score = row["score"]
