@@ -13,8 +13,8 @@ from tiny import tiny_flux_folder, tiny_kontext_folder, tiny_qwen_edit_folder
 from tiny_metaquery import tiny_metaquery_folder
 from tiny_motion import tiny_motion_folder
 from weft.train import read_recipe
-from weft.train.feed import stage_sizes
 from weft.train.loop import Trainer
+from weft.train.sizes import stage_sizes
 from weft.types import Score
 
 ROOT = Path(__file__).resolve().parents[1]

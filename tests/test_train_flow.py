@@ -17,8 +17,8 @@ from weft.record import make_record
 from weft.rng import normal
 from weft.train import plan, read_recipe, run
 from weft.train.checkpoint import newest, read_checkpoint
-from weft.train.feed import aspect_size, stage_sizes
 from weft.train.loop import Trainer
+from weft.train.sizes import aspect_size, stage_sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,8 +10,9 @@ from types import ModuleType
 from typing import Any
 
 from weft.train.config import Recipe, read_recipe
-from weft.train.loop import Preempted, RunResult, run
+from weft.train.loop import RunResult, run
 from weft.train.plan import Plan, plan
+from weft.train.preempt import Preempted
 
 __all__ = ["Plan", "Preempted", "Recipe", "RunResult", "plan", "read_recipe", "run"]
 

@@ -26,9 +26,8 @@ from weft.errors import WeftError
 from weft.record import Record
 from weft.train.config import Recipe, SourceRecipe, StageRecipe, load_object, nearest
 from weft.train.parallel import Processes
+from weft.train.sizes import Size, nearest_size, picture_size, stage_sizes
 from weft.types import Condition, Example, Trainable
-
-Size = tuple[int, int]
 
 
 def open_source(config: SourceRecipe) -> Sequence[Record]:
@@ -47,57 +46,6 @@ def open_source(config: SourceRecipe) -> Sequence[Record]:
         given = dataclasses.asdict(config)
         records = load_source(SourceConfig(**{k: v for k, v in given.items() if k in fields}))
     return records[: config.limit] if config.limit is not None and len(records) > config.limit else records
-
-
-def aspect_size(size: int, aspect: float, multiple: int) -> Size:
-    """(height, width) of about size^2 pixels and width / height = aspect, both rounded to `multiple`."""
-    height = max(multiple, round(size / aspect**0.5 / multiple) * multiple)
-    width = max(multiple, round(size * aspect**0.5 / multiple) * multiple)
-    return height, width
-
-
-def stage_sizes(stage: StageRecipe) -> list[Size] | None:
-    """The (height, width) buckets of a stage; one without aspects; None when pictures stay as they are."""
-    if stage.buckets is not None:
-        return [(int(h), int(w)) for h, w in stage.buckets]
-    if stage.size is None:
-        return None
-    if stage.aspects is None:
-        return [(stage.size, stage.size)] if isinstance(stage.size, int) else [(stage.size[0], stage.size[1])]
-    if not isinstance(stage.size, int):
-        raise WeftError("stages: aspects need size to be one number, the side of the square of that area")
-    sizes = []
-    for aspect in stage.aspects:
-        width, colon, height = aspect.partition(":")
-        if not (colon and width.isdigit() and height.isdigit() and int(width) and int(height)):
-            raise WeftError(f'stages.aspects: "{aspect}" is not of the form width:height')
-        sizes.append(aspect_size(stage.size, int(width) / int(height), stage.multiple))
-    return list(dict.fromkeys(sizes))
-
-
-def nearest_size(height: float, width: float, sizes: Sequence[Size]) -> int:
-    """The bucket whose aspect ratio is nearest in log scale."""
-    wanted = np.log(width / height)
-    return int(np.argmin([abs(np.log(w / h) - wanted) for h, w in sizes]))
-
-
-def picture_size(record: Record) -> Size:
-    """(height, width) of a record's target picture (else its source): `meta["size"]`, or the file's own."""
-    if record.meta.get("size"):
-        height, width = record.meta["size"]
-        return int(height), int(width)
-    part = record.target or record.source
-    if part is None:
-        raise WeftError(f"record {record.id!r} has no picture to take an aspect ratio from")
-    if part.path is None:
-        image = part.load(record.root)
-        return image.height, image.width
-    from PIL import Image
-
-    with Image.open(part.file(record.root)) as header:  # the header alone: pictures are read when they are needed
-        width, height = header.size
-        turned = header.getexif().get(0x0112, 1) >= 5
-    return (width, height) if turned else (height, width)
 
 
 def content_digest(record: Record) -> str:

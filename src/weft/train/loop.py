@@ -3,11 +3,8 @@ uninterrupted one, bit for bit on a CPU. The loop does not know which method it 
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,23 +17,21 @@ import torch
 import yaml
 
 from weft.errors import WeftError
-from weft.models.adapt import Ema, save_lora
+from weft.models.adapt import Ema
 from weft.rng import seed_of
 from weft.train.checkpoint import differences, newest, read_checkpoint, write_checkpoint
 from weft.train.config import Recipe, plain, read_recipe
+from weft.train.exports import write_export
 from weft.train.feed import Fed, Feed, open_source
 from weft.train.method import Method, Setting, make_method
 from weft.train.optim import Optimizers
 from weft.train.parallel import Processes
+from weft.train.preempt import Preempted, watched
 from weft.train.setup import Buffers, choose_modules, make_trainable, pick_device, trained_parameters
 from weft.train.track import Tracker, open_trackers
 from weft.types import Draw, Example, Trainable
 
 Evaluator = Callable[[Trainable, int], dict[str, float]]
-
-
-class Preempted(SystemExit):
-    """SIGTERM or SIGINT arrived and the state was saved: exit status 143 (130 for SIGINT)."""
 
 
 @dataclass(slots=True)
@@ -320,7 +315,7 @@ class Trainer:
         count = sum(p.numel() for p in self.parameters.values())
         self.say(f"training {count:,} parameters of {', '.join(self.trained)} on {self.device}, step {self.step}")
         try:
-            with self.signals():
+            with watched(self._ask):
                 self.prepare_data()
                 self.loop()
         finally:
@@ -381,6 +376,9 @@ class Trainer:
         if self.stop is not None:
             self.halt()
 
+    def _ask(self, number: int) -> None:
+        self.stop = number
+
     def halt(self) -> None:
         """Save and leave, because a signal asked for it."""
         if self.saved != self.step:
@@ -389,44 +387,10 @@ class Trainer:
         self.say(f"stopped by signal {self.stop} at step {self.step}, state saved")
         raise Preempted(128 + self.stop)
 
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT ask the loop to save and stop after the current step; a second one kills."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, frame: Any) -> None:
-            self.stop = number
-            signal.signal(number, signal.SIG_DFL)
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def export(self) -> Path:
         """The trained model (EMA weights if there are any) in `<run folder>/export`; LoRA: the adapter file."""
-        final = self.folder / "export"
-        temporary = self.folder / f".export-{os.getpid()}"
-        with self.averaged():
-            if self.recipe.model.lora is not None:
-                save_lora(self.trained, temporary)
-            elif self.recipe.cache is not None and self.recipe.cache.drop_encoders:
-                whole = make_trainable(self.recipe, torch.device("cpu"))
-                for name, module in self.trained.items():
-                    whole.modules()[name].load_state_dict(module.state_dict())
-                whole.save(temporary)
-            else:
-                self.model.save(temporary)
         facts = {"step": self.step, "weights": "ema" if self.ema is not None else "raw", "recipe": plain(self.recipe)}
-        (temporary / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        if final.exists():
-            import shutil
-
-            shutil.rmtree(final)
-        os.replace(temporary, final)
+        with self.averaged():
+            final = write_export(self.folder, self.recipe, self.model, self.trained, facts)
         self.say(f"exported {final}")
         return final
