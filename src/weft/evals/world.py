@@ -8,27 +8,17 @@ can beat by much.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weft.errors import WeftError
 from weft.evals import stats
-from weft.evals.runner import (
-    Results,
-    Row,
-    Sampling,
-    evaluate,
-    fingerprint,
-    progress_bar,
-    rescore,
-    write_atomically,
-)
+from weft.evals.benchmark import BaselineScorer, Benchmark, Report, by_group, inserted, mean
+from weft.evals.runner import PICTURES, Results, Row, Sampling
 from weft.evals.stats import Interval
-from weft.evals.world_groups import DEFAULT, SHORT, expand, group_of, world_items
+from weft.evals.world_groups import DEFAULT, SHORT, WORLD
 from weft.world.oracle import MUCH, edit_mask, judge, requested_concepts
 from weft.world.references import CONCEPTS
 from weft.world.render import RENDERER
@@ -37,6 +27,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from weft.record import Record
+    from weft.report.page import Page
+    from weft.report.table import Table
     from weft.types import FlowModel
 
 EDIT_MEAN = "edit, mean over kinds"
@@ -65,24 +57,10 @@ class GroupScore:
     baselines: dict[str, float | None] = field(default_factory=dict)
     baseline_count: int = 0
 
-    def dict(self) -> dict[str, Any]:
-        """For JSON."""
-        values = {name: getattr(self, name) for name in self.__slots__}
-        values["concepts"] = {name: value.dict() for name, value in self.concepts.items()}
-        return {name: value.dict() if isinstance(value, Interval) else value for name, value in values.items()}
-
 
 @dataclass(slots=True)
-class WorldReport:
-    """The benchmark's results: scores by group, differences between groups (in fractions), and what they were
-    measured with. `rows` are the single results, `items` their records."""
-
-    groups: dict[str, GroupScore]
-    differences: dict[str, Interval]
-    settings: dict[str, Any]
-    rows: dict[str, Row]
-    items: dict[str, Record]
-    results: Results | None = None
+class WorldReport(Report[GroupScore]):
+    """The benchmark's results."""
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers for a training log: success by group (`edit`: mean over kinds), `psnr_outside` of all edits."""
@@ -91,28 +69,15 @@ class WorldReport:
             found["psnr_outside"] = psnr.value
         return found
 
-    def dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "settings": self.settings,
-            "groups": {name: group.dict() for name, group in self.groups.items()},
-            "differences": {name: value.dict() for name, value in self.differences.items()},
-        }
-
-    def write(self, folder: str | Path, *, shown: int = 8) -> Path:
-        """Write results.json and report.html (with the first `shown` records of each group); returns the page."""
-        import json
-
+    def page(self, shown: int) -> Page:
         from weft.evals.world_page import page
 
-        write_atomically(Path(folder) / "results.json", json.dumps(self.dict(), indent=2) + "\n")
-        return page(self, shown).write(Path(folder) / "report.html")
+        return page(self, shown)
 
-    def show(self) -> None:
-        """Print the table."""
+    def table(self, brief: bool = False) -> Table:
         from weft.evals.world_page import table
 
-        table(self, brief=True).show()
+        return table(self, brief)
 
 
 def evaluate_world(
@@ -144,30 +109,22 @@ def evaluate_world(
     Raises:
         WeftError: unknown group or split, no records; `out` holds the results of another run.
     """
-    sampling = Sampling(steps, guidance, negative, seed, batch_size)
-    data: dict[str, Any] = {"split": split, "groups": expand(groups), "count": count, "data_seed": data_seed}
-    items = world_items(**data)
-    settings = {
-        "benchmark": "world",
-        "renderer": RENDERER,
-        "model": model.name,
-        "weights": fingerprint(model),
-        **data,
-        **sampling.facts(),
-        "baseline_count": baseline_count,
-        "vae": vae,
-    }
-    results = Results(out, settings) if out is not None else None
-    scorer = _Scorer(items, baseline_count)
-    with progress_bar(len(items), "world") if progress else nullcontext() as advance:
-        extra = scorer.vae if vae else None
-        rows = evaluate(model, items, scorer, sampling=sampling, results=results, extra=extra, advance=advance)
-    report = summarise(rows, items, settings, results)
-    if out is not None:
-        report.write(out, shown=shown)
-    if show:
-        report.show()
-    return report
+    return BENCHMARK.run(
+        model,
+        Sampling(steps, guidance, negative, seed, batch_size),
+        name=model.name,
+        split=split,
+        groups=groups,
+        count=count,
+        data_seed=data_seed,
+        baseline_count=baseline_count,
+        facts={"vae": vae},
+        extra=vae,
+        out=out,
+        shown=shown,
+        progress=progress,
+        show=show,
+    )
 
 
 def rescore_world(folder: str | Path, *, shown: int = 8, show: bool = False) -> WorldReport:
@@ -175,22 +132,7 @@ def rescore_world(folder: str | Path, *, shown: int = 8, show: bool = False) -> 
 
     The VAE's numbers need the model and stay as recorded.
     """
-    results = Results(folder)
-    settings = results.settings
-    if settings.get("benchmark") != "world" or settings.get("renderer") != RENDERER:
-        raise WeftError(
-            f"{folder}: recorded for benchmark {settings.get('benchmark')!r}, renderer {settings.get('renderer')}; "
-            f"this is 'world', renderer {RENDERER}: run the evaluation again"
-        )
-    items = world_items(**{key: settings[key] for key in ("split", "groups", "count", "data_seed")})
-    rows = rescore(results, items, _Scorer(items, settings["baseline_count"]))
-    if not rows:
-        raise WeftError(f"{results.path}: no finished result to score")
-    report = summarise(rows, items, settings, results)
-    report.write(folder, shown=shown)
-    if show:
-        report.show()
-    return report
+    return BENCHMARK.rescore(folder, shown=shown, show=show)
 
 
 def world_evaluator(
@@ -208,18 +150,8 @@ def world_evaluator(
     return measure
 
 
-class _Scorer:
+class _Scorer(BaselineScorer):
     """Judges a picture; for the first records of each group, the baselines as well."""
-
-    def __init__(self, items: Mapping[str, Record], baseline_count: int):
-        by_group: dict[str, list[str]] = {}
-        for key in items:
-            by_group.setdefault(group_of(key), []).append(key)
-        self.chance: dict[str, Record | None] = {}  # key -> the record whose target stands in, for baseline keys
-        for keys in by_group.values():
-            for index, key in enumerate(keys[:baseline_count]):
-                other = keys[(index + 1) % len(keys)]  # records are in random order, so the next is a random one
-                self.chance[key] = items[other] if other != key else None
 
     def __call__(self, key: str, record: Record, image: Image.Image) -> dict[str, Any]:
         verdict = judge(record, image)
@@ -245,7 +177,7 @@ class _Scorer:
             "chance": judge(record, _picture(other, other.target)).success if other else None,
         }
 
-    def vae(self, model: FlowModel, keys: Sequence[str], records: Sequence[Record]) -> list[dict[str, Any]]:
+    def extra(self, model: FlowModel, keys: Sequence[str], records: Sequence[Record]) -> list[dict[str, Any]]:
         """What is left of the exact target after the model's own autoencoder."""
         import torch
 
@@ -278,23 +210,16 @@ def summarise(
     rows: Mapping[str, Row], items: Mapping[str, Record], settings: Mapping[str, Any], results: Results | None = None
 ) -> WorldReport:
     """Aggregate rows of `evaluate`; needs no model and no picture."""
-    by_group: dict[str, list[Row]] = {}
-    for key, row in rows.items():
-        by_group.setdefault(group_of(key), []).append(row)
-    groups = {name: _group(name, part, items) for name, part in by_group.items()}
-    success = {name: [float(row["score"]["success"]) for row in part] for name, part in by_group.items()}
+    parts = by_group(rows)
+    groups = {name: _group(name, part, items) for name, part in parts.items()}
+    success = {name: [float(row["score"]["success"]) for row in part] for name, part in parts.items()}
     edits = [name for name in SHORT["edit"] if name in groups]
     differences: dict[str, Interval] = {}
     if len(edits) > 1:
-        pooled = _group(EDIT_MEAN, [row for name in edits for row in by_group[name]], items)
+        pooled = _group(EDIT_MEAN, [row for name in edits for row in parts[name]], items)
         pooled.success = stats.macro_mean({name: success[name] for name in edits})
         pooled.wilson = None  # a mean of group means is not one proportion
-        after = edits[-1]
-        groups = {
-            key: value
-            for name, group in groups.items()
-            for key, value in ([(name, group), (EDIT_MEAN, pooled)] if name == after else [(name, group)])
-        }
+        groups = inserted(groups, edits[-1], EDIT_MEAN, pooled)
     base = {"generate": success.get("generate"), "edit": [value for name in edits for value in success[name]]}
     for name, values in success.items():
         task, _, what = name.partition("/")
@@ -329,12 +254,12 @@ def _group(name: str, rows: Sequence[Row], items: Mapping[str, Record]) -> Group
         # Requests of one record stand or fall together, so records are resampled, not requests.
         requests=_clustered(asked) if asked else None,
         concepts={concept: _clustered(given[concept]) for concept in CONCEPTS if concept in given},
-        kept=_mean(kept),
-        collateral=_mean([score["collateral"] for score in scores]),
+        kept=mean(kept),
+        collateral=mean([score["collateral"] for score in scores]),
         psnr=stats.bootstrap(psnr) if psnr else None,
-        vae_psnr=_mean([found.get("psnr_outside") for found in vae]),
-        vae_success=_mean([found.get("success") for found in vae]),
-        baselines={kind: _mean([found.get(kind) for found in judged]) for kind in BASELINES},
+        vae_psnr=mean([found.get("psnr_outside") for found in vae]),
+        vae_success=mean([found.get("success") for found in vae]),
+        baselines={kind: mean([found.get(kind) for found in judged]) for kind in BASELINES},
         baseline_count=len(judged),
     )
 
@@ -343,10 +268,8 @@ def _clustered(values: Sequence[tuple[float, int]]) -> Interval:
     return stats.bootstrap([value for value, _ in values], clusters=[record for _, record in values])
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [float(value) for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
 def _picture(record: Record, part: Any) -> Image.Image:
     return record.load(part).convert("RGB")
+
+
+BENCHMARK = Benchmark("world", RENDERER, WORLD, PICTURES, _Scorer, summarise)

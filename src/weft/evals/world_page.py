@@ -6,8 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from weft.evals.world import BASELINES, EDIT_MEAN, GroupScore, WorldReport, group_of
-from weft.report import plots
+from weft.evals import benchmark
+from weft.evals.benchmark import group_of, points
+from weft.evals.world import BASELINES, EDIT_MEAN, GroupScore, WorldReport
 from weft.report.page import Comparison, Number, Page, environment_facts
 from weft.report.table import Table, decibel, percent, percent_interval
 from weft.world.references import CONCEPTS
@@ -33,9 +34,7 @@ MARKS = {
 
 def title(name: str) -> str:
     """A group's name for people: 'edit/recolour' -> 'edit: recolour'."""
-    task, _, what = name.partition("/")
-    head, what = TITLES.get(task, task), what.partition(" reference")[0].replace("_", " ")
-    return f"{head}: {what}" if what else head
+    return benchmark.title(name, TITLES)
 
 
 def table(report: WorldReport, brief: bool = False) -> Table:
@@ -93,9 +92,8 @@ def page(report: WorldReport, shown: int) -> Page:
         "The world is procedural: small synthetic scenes with exact targets. These numbers say how well the model does "
         "in this world, and nothing about photographs.",
         "Every picture is judged by a program that knows the scene, not by a model.",
+        *report.unfinished,
     ]
-    if len(report.rows) < len(report.items):
-        labels.append(f"Unfinished: {len(report.items) - len(report.rows):,} records have not been run yet.")
     summary = "How often the model does exactly what it was asked, and leaves the rest alone."
     result = Page(f"{settings['model']} on the embedded world", summary, facts, labels)
     section = result.section("Results").numbers(_numbers(report))
@@ -120,32 +118,18 @@ def _numbers(report: WorldReport) -> list[Number]:
         found.append(Number(decibel(edits.psnr.value), "PSNR outside the edit mask", note))
     for name, value in report.differences.items():
         if name.endswith("unseen phrasing"):
-            note = f"points; 95 %: {_points(value.low)} to {_points(value.high)}"
-            found.append(Number(_points(value.value), f"unseen phrasings, {title(name.split('/')[0])}", note))
+            note = f"points; 95 %: {points(value.low)} to {points(value.high)}"
+            found.append(Number(points(value.value), f"unseen phrasings, {title(name.split('/')[0])}", note))
     if not found:
         for group in list(report.groups.values())[:4]:
             found.append(Number(percent(group.success.value), title(group.name)))
     return found
 
 
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "−")
-
-
 def _figure(report: WorldReport) -> Any:
     groups = {title(name): group for name, group in report.groups.items()}
-    marks: dict[str, dict[str, float]] = {
-        label: {name: value for name, group in groups.items() if (value := _baseline(group, kind)) is not None}
-        for kind, label in MARKS.items()
-    }
-    return plots.bars(
-        {name: group.success.value for name, group in groups.items()},
-        intervals={name: (group.success.low, group.success.high) for name, group in groups.items()},
-        marks={label: values for label, values in marks.items() if values},
-        label="full success",
-        percent=True,
-        width=7.2,
-    )
+    marks = {label: {name: _baseline(group, kind) for name, group in groups.items()} for kind, label in MARKS.items()}
+    return benchmark.bars({name: group.success for name, group in groups.items()}, marks, "full success")
 
 
 def _baseline(group: GroupScore, kind: str) -> float | None:
@@ -198,7 +182,7 @@ def _note(report: WorldReport) -> str:
 def _method(report: WorldReport) -> str:
     settings = report.settings
     differences = "".join(
-        f" {title(name)}: {_points(value.value)} points [{_points(value.low)}, {_points(value.high)}]"
+        f" {title(name)}: {points(value.value)} points [{points(value.low)}, {points(value.high)}]"
         f" against the same task with seen phrasings and attribute pairs."
         for name, value in report.differences.items()
     )
