@@ -60,7 +60,7 @@ def test_python_face(clip: Motion, tmp_path: Path) -> None:
     write_motion(clip, tmp_path / "a.npz")
     assert np.allclose(model.generate("walk", seed=3).joints, clip.joints + 3)
     assert len(model.edit(tmp_path / "a.npz", "slower", seconds=0.5)) == 10
-    assert model.describe(clip) == "Describe the movement. 24"
+    assert model.describe(clip) == "Describe the motion. 24"
     records = [make_record("walk", id="a"), make_record("run as in", references=[clip], id="b")]
     outputs = list(model.run(records, n=2, options=MotionOptions(batch=3)))
     again = list(model.run(records[1:], n=2))
@@ -218,14 +218,16 @@ def test_feature_folder_and_records(run: Run, clip: Motion, tmp_path: Path) -> N
     pieces = ("--option", "max_faults=0.5", "--option", "window=0.5", "--option", "least=0.4", "--option", "fps=20")
     status, _, err = run(*common, *pieces)
     assert status == 0 and "02_03.bvh" in err
+    assert "2 takes are longer than 0.5 s: cut" in err
     records = list(read_records(made))
-    assert [(r.instruction, r.meta["frames"]) for r in records] == [
-        ("walk, turn left", [0, 10]), ("walk, turn left", [10, 20]), ("run", [0, 10]),
+    walk, fast = ("walk, turn left", "02_02_01"), ("run", "02_02_02")
+    assert [((r.instruction, r.meta["clip"]), r.meta["frames"]) for r in records] == [
+        (walk, [0, 8]), (walk, [8, 16]), (walk, [16, 24]), (fast, [0, 8]), (fast, [8, 16]),
     ]  # fmt: skip
     target = records[1].target
-    assert target and np.abs(load_part(target, records[1].root).joints - clip.joints[10:20]).max() < 0.05
+    assert target and np.abs(load_part(target, records[1].root).joints - clip.joints[8:16]).max() < 0.05
     status, text, _ = run("data", "check", made)
-    assert status == 0 and "movements: 3, 1.5 s in all (humanml3d 3)" in text
+    assert status == 0 and "movements: 5, 2.0 s in all (humanml3d 5)" in text
     next((made.parent / "media").iterdir()).write_bytes(b"PK")
     status, text, _ = run("data", "check", made)
     assert status == 1 and "damaged" in text
@@ -233,6 +235,55 @@ def test_feature_folder_and_records(run: Run, clip: Motion, tmp_path: Path) -> N
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     common = ("data", "convert", clips, "-o", made, "--kind", "motion", "--option", f"captions={tmp_path / 'bad.csv'}")
     is_one_line(run(*common), "expected name and caption")
+
+
+def test_a_fine_tune_from_the_folder_to_the_movement(run: Run, tmp_path: Path) -> None:
+    """Recordings and a table of descriptions -> records of both tasks -> the recipe -> a movement, by four commands."""
+    from tiny_motion import tiny_motion_folder
+
+    rig = Motion(place(retarget(procedural(90, 7, swing=0.1))))
+    clips = tmp_path / "cmu"
+    clips.mkdir()
+    for k in range(1, 5):
+        write_motion(rig.crop(0, 20 * k), clips / f"0{k}_01.bvh")
+    lines = (clips / "04_01.bvh").read_text().splitlines()
+    first = next(k for k, line in enumerate(lines) if line.startswith("Frame Time")) + 1
+    lines.insert(first, " ".join(["9.0", "0.9", "9.0", *["0.0"] * (len(lines[first].split()) - 3)]))  # a T-pose
+    text = "\n".join(lines).replace("Frames: 80", "Frames: 81")
+    (clips / "04_01.bvh").write_text(text + "\n")
+    (clips / "d.csv").write_text(
+        "Subject,Trial #,Motion Description\n1,1,a person walks\n2,1,a person walks faster\n3,1,zigzag hurdles\n"
+        "4,1,a person walks in a circle\n"
+    )
+    made = tmp_path / "data" / "records.jsonl"
+    words = ("data", "convert", clips, "-o", made, "--kind", "motion", "--option", f"captions={clips / 'd.csv'}")
+    status, out, err = run(*words, "--option", "window=2.0", "--option", "tasks=generate,describe", "--hold", 0.25)
+    held = made.with_name("held_out.jsonl")
+    assert (status, out.split()) == (0, [str(made), str(held)])
+    assert "04_01.bvh begins with a T-pose" in err and "2 takes are longer than 2 s" in err
+    train, kept = list(read_records(made)), list(read_records(held))
+    assert len({r.meta["clip"] for r in kept}) == 1 and not {r.meta["clip"] for r in kept} & {
+        r.meta["clip"] for r in train
+    }
+    both = sorted(train + kept, key=lambda r: r.id)
+    assert [r.task for r in both] == ["describe", "generate"] * 6
+    assert both[0].source and both[0].turns[1].parts[0].text == "a person walks" == both[1].instruction
+    last = [r for r in both if r.meta["clip"] == "04_01" and r.task == "generate"]
+    assert [r.meta["frames"] for r in last] == [[0, 40], [40, 80]]
+    assert last[0].target and np.abs(load_part(last[0].target, last[0].root).joints - rig.joints[:40]).max() < 0.01
+
+    model = tiny_motion_folder(tmp_path / "model", "depth")
+    overrides = (f"model.path={model}", f"data.0.source.path={made}", f"validate.source.path={held}",
+                 "data.1.source.args.count=4", "run.steps=2", "run.batch_size=2", "run.validate_every=2")  # fmt: skip
+    status, out, err = run("train", "tiny/motion_finetune", *overrides, "-o", tmp_path / "run")
+    assert status == 0 and "the vocabulary lacks" in out and "letter by letter" in out and "val/loss" in out, err
+    lora = ("--model", model, "--lora", tmp_path / "run" / "export")
+    assert run("generate", "zigzag", "-o", tmp_path / "x.bvh", *lora, "--seconds", 1)[0] == 0
+    assert len(read_motion(tmp_path / "x.bvh")) == 20
+    assert run("describe", tmp_path / "x.bvh", *lora)[0] in (0, 1)
+    bad = (*words, "--option", "tasks=dance")
+    is_one_line(run(*bad), "'dance' is unknown", "generate and describe")
+    is_one_line(run(*words, "--hold", 1), "leaves one part empty")
 
 
 def test_show(run: Run, clip: Motion, tmp_path: Path) -> None:

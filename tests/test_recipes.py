@@ -38,7 +38,7 @@ def folders(tmp_path_factory):
     flux = tiny_flux_folder(root / "flux")
     motion = tiny_motion_folder(root / "motion")
     return {
-        "motion_": motion,
+        "motion": motion,
         "omnimogen": motion,
         "FLUX": flux,
         "tiny/omni": flux,

@@ -159,3 +159,12 @@ def test_t5_learns_rewrites_and_keeps_the_encoder(folder: Path, tmp_path: Path) 
         trained = model.model.encoder(input_ids=ids).last_hidden_state
         assert torch.equal(loaded(ids).last_hidden_state, trained)
         assert not torch.allclose(T5Trainable(folder).encoder(ids).last_hidden_state, trained, atol=1e-2)
+
+
+def test_unknown_words_are_counted():
+    """Words that are spelled in letters, or hold a letter that the tokenizer has not; known ones never."""
+    from weft.models.tokenizers import t5_tokenizer, unknown_words
+
+    tokenizer = t5_tokenizer(["a person walks forward"] * 3, length=32)
+    unknown, words = unknown_words(tokenizer, ["A person walks, dribbles!", "dribbles über 12 a walkway"])
+    assert dict(unknown) == {"dribbles": 2, "über": 1, "walkway": 1} and words == 8

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import weft
 from weft.errors import WeftError
+from weft.motion.captions import QUESTION
 from weft.record import Part, Record, make_record
 from weft.rng import seed_of
 
@@ -31,7 +32,6 @@ DEFAULT = "tiny-motion"
 FAMILIES = {"OmniMoGenPipeline": "weft.models.motion.load"}
 """The class that a motion model's `model_index.json` declares -> the module whose `load(folder, device=, dtype=,
 lora=)` opens it as a `weft.types.TokenModel`."""
-QUESTION = "Describe the movement."
 
 Movement = Any  # a path, a weft.motion.Motion, or a motion part
 

@@ -107,6 +107,8 @@ class Convert:
     """The task of all records (generate, edit ...); default: what each record has pictures for."""
     limit: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
     """Stop after so many records."""
+    hold: Annotated[float | None, tyro.conf.arg(metavar="SHARE", help_behavior_hint="")] = None
+    """Keep this share apart, for validation, in held_out.jsonl beside the records; takes are not torn."""
     media: Literal["copy", "keep"] = "copy"
     """copy: media travel with the records; keep: refer to them where they lie."""
 
@@ -125,7 +127,7 @@ class Convert:
             )
         refuse(self.motion, (), "for records; give such options to --kind motion with --option")
         check_folder(self.out.parent)
-        from weft.data.sources import SourceConfig, load_source
+        from weft.data.sources import SourceConfig, hold_out, load_source
         from weft.record import write_records
 
         config = SourceConfig(
@@ -137,11 +139,17 @@ class Convert:
             options=_pairs(self.option, "--option"),
         )
         records = load_source(config)
-        write_records(self.out, records, media=self.media)
+        files = {self.out: records}
+        if self.hold is not None:
+            files[self.out], files[self.out.with_name("held_out.jsonl")] = hold_out(records, self.hold)
+        for note in getattr(records, "notes", []):
+            print(f"note: {note}", file=sys.stderr)
         for fault in getattr(records, "faults", []):
             print(f"left out: {fault}", file=sys.stderr)
-        print(self.out)
-        print(f"{len(records)} records", file=sys.stderr)
+        for path, part in files.items():
+            write_records(path, part, media=self.media)
+            print(path)
+            print(f"{len(part)} records", file=sys.stderr)
         return 0
 
 

@@ -24,11 +24,13 @@ class Describe:
     file: Positional[Path]
     """The picture, or the movement (.bvh, .glb, .npz, .npy, .amc)."""
     question: Annotated[Positional[str | None], QUIET] = None
-    """What is asked; default: "Describe the picture." or "Describe the movement."."""
+    """What is asked; default: "Describe the picture." or "Describe the motion."."""
     also: Annotated[list[Path], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE")] = field(default_factory=list)
     """A further picture; can be repeated."""
     model: Text = None
     """The motion model that describes movements; default: tiny-motion."""
+    lora: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH")] = field(default_factory=list)
+    """Its adapter, as `weft train` exports it."""
     vlm: Annotated[str | None, tyro.conf.arg(metavar="FOLDER|URL", help_behavior_hint="")] = None
     """For pictures: a Qwen2.5-VL-class folder or hub id, a MetaQuery model, or the address of an OpenAI-compatible
     server."""
@@ -54,10 +56,10 @@ class Describe:
         return 0
 
     def _movement(self) -> str:
-        from weft.api_motion import QUESTION
+        from weft.motion.captions import QUESTION
 
-        refuse(self, ("file", "question", "model", "device", "dtype"), "for movements")
-        loading = ModelOptions(model=self.model, device=self.device, dtype=self.dtype)
+        refuse(self, ("file", "question", "model", "lora", "device", "dtype"), "for movements")
+        loading = ModelOptions(model=self.model, lora=self.lora, device=self.device, dtype=self.dtype)
         return loading.load_motion().describe(self.file, self.question or QUESTION)
 
     def _pictures(self) -> str:
@@ -67,8 +69,8 @@ class Describe:
 
         if self.vlm is None:
             raise WeftError("pictures need --vlm: a folder, a hub id, or the address of an OpenAI-compatible server")
-        if self.model is not None:
-            raise WeftError("--model does nothing for pictures; leave it out")
+        refuse(self, ("file", "question", "also", "vlm", "vlm_model", "key_env", "device", "dtype", "max_tokens"),
+               "for pictures")  # fmt: skip
         parts = [image_part(path.absolute()) for path in (self.file, *self.also)]
         vlm = open_vlm(self.vlm, model=self.vlm_model, key_env=self.key_env, device=self.device, dtype=self.dtype)
         question = text_part(self.question or QUESTION)

@@ -138,6 +138,8 @@ def _bodies(path: Path) -> dict[str, Body] | Body:
 
 
 def _report(done: Converted, out: Path) -> int:
+    for line in done.notes:
+        print(f"note: {line}", file=sys.stderr)
     for fault in done.faults:
         print(f"left out: {fault}", file=sys.stderr)
     if not done.written:

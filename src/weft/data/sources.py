@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import itertools
@@ -25,7 +26,7 @@ _OPTIONS = {
     "folder": ("max_faults", "target", "source", "references", "mask", "captions"),
     "parquet": ("max_faults",),
     "webdataset": ("max_faults",),
-    "motion": ("max_faults", "captions", "window", "hop", "least", "fps", "skeleton", "unit", "up"),
+    "motion": ("max_faults", "captions", "tasks", "window", "hop", "least", "fps", "skeleton", "unit", "up"),
     "humanml3d": ("max_faults", "split", "least", "most"),
 }
 
@@ -55,10 +56,11 @@ class SourceConfig:
 
 
 class Source(Sequence[Record]):
-    """Records in memory (their pictures on disk); `rows` counts what was read, `faults` says what was skipped."""
+    """Records in memory (their pictures on disk); `rows` counts what was read, `faults` says what was skipped, `notes`
+    what else one should know."""
 
-    def __init__(self, records: list[Record], faults: list[str]) -> None:
-        self.records, self.faults = records, faults
+    def __init__(self, records: list[Record], faults: list[str], notes: Sequence[str] = ()) -> None:
+        self.records, self.faults, self.notes = records, faults, notes
         self.rows = len(records) + len(faults)
 
     def __len__(self) -> int:
@@ -117,8 +119,9 @@ def read_source(config: SourceConfig) -> Source:
     if config.kind in ("motion", "humanml3d"):
         if config.map:
             raise WeftError(f"map: {path} holds movements, which have no columns: remove the map")
-        found = itertools.islice(_movements(config, faults), config.limit)
-        return Source([replace(record, task=config.task or record.task) for record in found], faults)
+        notes: list[str] = []
+        found = itertools.islice(_movements(config, faults, notes), config.limit)
+        return Source([replace(record, task=config.task or record.task) for record in found], faults, notes)
     if config.kind == "jsonl":
         root = path.parent / relative_path(str(config.options.get("root", ".")), "root")
         rows, media = _json_rows(path, config.options.get("downloads")), root
@@ -137,6 +140,23 @@ def refuse_faults(faults: Sequence[str], rows: int, limit: float, name: str) -> 
             f"{name}: {len(faults)} of {rows} rows are bad ({len(faults) / rows:.1%}, the limit max_faults is "
             f"{limit:.1%}): mend them or raise the limit. The first: {first}"
         )
+
+
+def hold_out(records: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:
+    """The records in two parts, the second with this share of the takes: records of one `meta["clip"]` stay together,
+    others are a take of their own. Which ones is decided by their names alone.
+
+    Raises `WeftError` for a share that leaves one part empty.
+    """
+    names = [str(record.meta.get("clip", record.id)) for record in records]
+    takes = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest())
+    held = set(takes[: max(round(share * len(takes)), 1)])
+    if not 0 < share < 1 or len(held) == len(takes):
+        raise WeftError(f"{share:g} of {len(takes)} takes leaves one part empty: give a share between 0 and 1")
+    parts: tuple[list[Record], list[Record]] = [], []
+    for record, name in zip(records, names, strict=True):
+        parts[name in held].append(record)
+    return parts
 
 
 def _rate(value: Any) -> float:
@@ -240,14 +260,14 @@ def _is_url(value: Any) -> bool:
 # -- movements --
 
 
-def _movements(config: SourceConfig, faults: list[str]) -> Iterator[Record]:
+def _movements(config: SourceConfig, faults: list[str], notes: list[str]) -> Iterator[Record]:
     from weft.motion.captions import Captions
-    from weft.motion.convert import Reading, motion_records, read_table
+    from weft.motion.convert import Converted, Reading, motion_records, read_table
     from weft.motion.files.humanml3d import records
 
     options = {key: value for key, value in config.options.items() if key != "max_faults"}
-    numbers = {
-        key: _number(key, options.pop(key)) for key in ("window", "hop", "least", "most", "fps") if key in options
+    numbers: dict[str, Any] = {
+        key: _number(key, options.pop(key)) for key in ("hop", "least", "most", "fps") if key in options
     }
     if config.kind == "humanml3d":
         frames = {key: int(value) for key, value in numbers.items()}
@@ -258,7 +278,14 @@ def _movements(config: SourceConfig, faults: list[str]) -> Iterator[Record]:
         fps=numbers.pop("fps", None), table=read_table(str(options.get("skeleton", "auto"))),
         unit=options.get("unit"), up=options.get("up"),
     )  # fmt: skip
-    return motion_records(config.path, reading, faults, captions=Captions(options.get("captions")), **numbers)
+    if "window" in options:
+        whole = options["window"] in (None, "none")
+        numbers["window"] = None if whole else _number("window", options["window"])
+    if "tasks" in options:
+        given = options["tasks"]
+        numbers["tasks"] = [w.strip() for w in given.split(",")] if isinstance(given, str) else list(given)
+    texts, done = Captions(options.get("captions")), Converted(faults=faults, notes=notes)
+    return motion_records(config.path, reading, done, captions=texts, **numbers)
 
 
 def _number(name: str, value: Any) -> float:

@@ -73,6 +73,19 @@ def t5_tokenizer(texts: Sequence[str], *, length: int, min_count: int = 3) -> An
     )
 
 
+def unknown_words(tokenizer: Any, texts: Sequence[str]) -> tuple[Counter[str], int]:
+    """The words of `texts` that a tokenizer reads letter by letter (wholly or in part) or not at all, and the number
+    of all words."""
+    counts = Counter(word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower()))
+    unknown: Counter[str] = Counter()
+    for word, n in counts.items():
+        ids = tokenizer(f" {word}", add_special_tokens=False).input_ids
+        pieces = [p for p in (t.strip("▁Ġ ") for t in tokenizer.convert_ids_to_tokens(ids)) if p]
+        if tokenizer.unk_token_id in ids or (len(pieces) > 1 and min(map(len, pieces)) == 1):
+            unknown[word] = n
+    return unknown, sum(counts.values())
+
+
 def _pieces(word: str) -> list[str]:
     """`(star,` -> `▁(`, `star`, `,`: hyphens and apostrophes stay inside words."""
     parts = re.findall(r"[\w]+(?:[-'][\w]+)*|[^\w\s]", word)

@@ -9,6 +9,8 @@ from pathlib import Path
 from weft.errors import WeftError
 from weft.motion.files.humanml3d import Caption, read_captions
 
+QUESTION = "Describe the motion."
+"""What is asked about a movement where nothing else is said: in words that tiny-motion has read."""
 _CAPTION = ("caption", "text", "description", "motion description")
 _NAME = ("name", "file", "clip", "id")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from weft.errors import WeftError
-from weft.motion.captions import Captions
+from weft.motion.captions import QUESTION, Captions
 from weft.motion.clip import Motion
 from weft.motion.features import extract
 from weft.motion.feet import pin_feet
@@ -24,6 +25,8 @@ from weft.record import Record, Turn, motion_part, text_part
 if TYPE_CHECKING:
     from weft.motion.files.amass import Body
 
+WINDOW = 9.8
+"""Seconds: HumanML3D's longest clip, and the longest movement that models here make in one go (49 steps of 0.2 s)."""
 FORMATS = ("bvh", "glb", "npz", "npy", "gif", "mp4", "features")
 
 
@@ -59,10 +62,15 @@ class Reading:
 
 @dataclass(slots=True)
 class Converted:
-    """Files written, and by name what could not be read."""
+    """Files written, and by name what could not be read (`faults`) and what one should know (`notes`)."""
 
     written: list[Path] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, motion: Motion, file: Path) -> None:
+        if "note" in motion.meta:
+            self.notes.append(f"{file} {motion.meta['note']}")
 
 
 def motion_files(source: str | Path) -> list[Path]:
@@ -135,6 +143,7 @@ def convert_files(
     for file, place in zip(files, places, strict=True):
         try:
             motion = reading.read(file)
+            done.note(motion, file)
             if to == "features":
                 place.parent.mkdir(parents=True, exist_ok=True)
                 features = _features(motion, heading, file)
@@ -182,6 +191,7 @@ def feature_folder(
         plain = "_".join((file.relative_to(source) if source.is_dir() else Path(file.name)).with_suffix("").parts)
         try:
             motion = reading.read(file).resample(HUMANML3D.fps)
+            done.note(motion, file)
             said, faults = texts.of(file)
             done.faults += [f"{file}: {fault}" for fault in faults]
             for name, clip in ((plain, motion), (f"M{plain}", motion.mirror()))[: 2 if mirror else 1]:
@@ -221,59 +231,82 @@ def _features(motion: Motion, heading: str, file: Path) -> np.ndarray:
 def motion_records(
     source: str | Path,
     reading: Reading,
-    faults: list[str],
+    done: Converted,
     *,
     captions: Captions | None = None,
-    window: float | None = None,
+    tasks: Sequence[str] = ("generate",),
+    window: float | None = WINDOW,
     hop: float | None = None,
     least: float = 1.0,
 ) -> Iterator[Record]:
-    """Text-to-motion records of motion files with captions, one per caption and window; the clip is in memory.
+    """Records of motion files with captions, one per task, caption and window; the clips are in memory.
 
-    `window` cuts clips into pieces of so many seconds every `hop` seconds (the window by default), since a caption
-    of a long take holds for its parts; pieces and clips shorter than `least` seconds are left out. A caption with
-    times has its own piece. Files that cannot be read, and those without a caption, are noted in `faults`.
+    `tasks`: "generate" (the caption, then the clip) and "describe" (the clip and a question, then the caption).
+    Clips longer than `window` seconds (None: any length) are cut into equal pieces that are not, or into pieces of
+    that length every `hop` seconds: models make movements of a limited length in one go. The caption of a long take
+    stands at each of its pieces, though it may hold for some only; a caption with times has its own piece.
+    `meta["clip"]` names the take. Pieces shorter than `least` seconds, files that cannot be read, and those
+    without a caption are left out: they are faults of `done`; what was cut is in its notes. Raises `WeftError` for an
+    unknown task.
     """
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise WeftError(f"tasks: '{unknown[0]}' is unknown, use {' and '.join(TASKS)}")
     texts = captions or Captions()
-    root = Path(source)
+    root, cut = Path(source), 0
     for file in motion_files(root):
         name = "_".join((file.relative_to(root) if root.is_dir() else Path(file.name)).with_suffix("").parts)
         try:
             motion = reading.read(file)
             said, wrong = texts.of(file)
         except WeftError as error:
-            faults.append(_named(error, file))
+            done.faults.append(_named(error, file))
             continue
-        faults += [f"{file}: {line}" for line in wrong]
+        done.note(motion, file)
+        done.faults += [f"{file}: {line}" for line in wrong]
         if not said:
-            faults.append(f"{file}: no caption: give captions=FOLDER or FILE.csv, or a .txt beside it")
-            continue
-        made = 0
+            done.faults.append(f"{file}: no caption: give captions=FOLDER or FILE.csv, or a .txt beside it")
         for k, caption in enumerate(said):
-            for start, stop in _pieces(motion, caption.start, caption.stop, window, hop, least):
+            span = (
+                0 if caption.start is None else int(caption.start * motion.fps),
+                len(motion) if caption.stop is None else min(int(caption.stop * motion.fps), len(motion)),
+            )
+            pieces = [p for p in _pieces(*span, motion.fps, window, hop) if p[1] - p[0] >= max(2, least * motion.fps)]
+            cut += len(pieces) > 1
+            if not pieces:
+                done.faults.append(f"{file}: '{caption.text[:40]}' holds for less than {least:g} s")
+            for start, stop in pieces:
                 clip = replace(motion.crop(start, stop), meta={"file": file.name, "frames": [start, stop]})
                 meta = {"clip": name, "caption": caption.text, "frames": [start, stop], "fps": clip.fps}
-                turns = [Turn("user", [text_part(caption.text)]), Turn("assistant", [motion_part(clip)])]
-                yield Record(f"{name}-{k}-{start}", "generate", turns, meta)
-                made += 1
-        if not made:
-            faults.append(f"{file}: {motion.seconds:.1f} s, shorter than {least:g} s")
+                for task in tasks:
+                    yield Record(f"{name}-{k}-{start}-{task}", task, TASKS[task](clip, caption.text), dict(meta))
+    if cut:
+        done.notes.append(f"{cut} takes are longer than {window:g} s: cut, their caption stands at every piece")
 
 
-def _pieces(
-    motion: Motion, start: float | None, stop: float | None, window: float | None, hop: float | None, least: float
-) -> Iterator[tuple[int, int]]:
-    """Frames (first, last + 1) of the pieces of a clip."""
-    first = 0 if start is None else int(start * motion.fps)
-    last = len(motion) if stop is None else min(int(stop * motion.fps), len(motion))
-    shortest = max(2, round(least * motion.fps))
-    size = last - first if window is None else max(2, round(window * motion.fps))
-    step = size if hop is None else max(1, round(hop * motion.fps))
-    for at in range(first, max(last - shortest, first) + 1, max(step, 1)):
-        if min(at + size, last) - at >= shortest:
-            yield at, min(at + size, last)
-        if at + size >= last:
-            return
+def _generate(clip: Motion, caption: str) -> list[Turn]:
+    return [Turn("user", [text_part(caption)]), Turn("assistant", [motion_part(clip)])]
+
+
+def _describe(clip: Motion, caption: str) -> list[Turn]:
+    return [
+        Turn("user", [motion_part(clip, "source"), text_part(QUESTION)]),
+        Turn("assistant", [text_part(caption)]),
+    ]
+
+
+TASKS: dict[str, Callable[[Motion, str], list[Turn]]] = {"generate": _generate, "describe": _describe}
+
+
+def _pieces(start: int, stop: int, fps: float, window: float | None, hop: float | None) -> list[tuple[int, int]]:
+    """Frames (first, last + 1) of the pieces of a span; nothing of it is lost unless `hop` leaves gaps."""
+    size = stop - start if window is None else max(2, round(window * fps))
+    if stop - start <= size:
+        return [(start, stop)]
+    if hop is None:
+        edges = np.linspace(start, stop, math.ceil((stop - start) / size) + 1).round().astype(int).tolist()
+        return list(zip(edges[:-1], edges[1:], strict=True))
+    firsts = list(range(start, stop - size + 1, max(1, round(hop * fps))))
+    return [(first, first + size) for first in firsts] + ([(stop - size, stop)] if firsts[-1] + size < stop else [])
 
 
 def _named(error: WeftError, file: Path) -> str:

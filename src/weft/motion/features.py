@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import overload
 
 import numpy as np
-from scipy.signal import fftconvolve
+from scipy import fft
 
 from weft.errors import WeftError
 from weft.motion.skeleton import HUMANML3D, Layout
@@ -277,7 +277,9 @@ def _smoothed(rows: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.nd
     offset = np.arange(len(index)) - (starts + 2 * _REACH * np.arange(len(counts)))[index] - _REACH
     inside = (offset >= 0) & (offset < counts[index])
     padded = rows[:, starts[index] + np.clip(offset, 0, counts[index] - 1)]
-    return fftconvolve(padded, kernel[None], mode="same", axes=1)[:, inside]
+    size = fft.next_fast_len(padded.shape[1] + 2 * _REACH, real=True)
+    mixed = fft.irfft(fft.rfft(padded, size) * fft.rfft(kernel, size), size)
+    return mixed[:, _REACH : _REACH + padded.shape[1]][:, inside]
 
 
 def _rotations(directions: np.ndarray, half: np.ndarray, layout: Layout, out: np.ndarray) -> None:

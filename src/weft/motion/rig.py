@@ -170,7 +170,8 @@ def to_motion(
 
     `table` is "auto", one of `TABLES`, or your own {our joint: their joint, or (one, other, share)}. `unit` and `up`
     override what the file says; where it says nothing, the unit is the one in which the body is of human height,
-    the vertical the axis along which the head is above the feet. Raises `WeftError` for an unknown skeleton, a table
+    the vertical the axis along which the head is above the feet. A T-pose in the first frame alone, from which the
+    clip jumps, is left out, and `meta["note"]` says so. Raises `WeftError` for an unknown skeleton, a table
     with a joint that the file lacks, or a body of no human height in any unit.
     """
     name = find_table(rig.names) if isinstance(table, str) and table == "auto" else table
@@ -189,9 +190,11 @@ def to_motion(
     joints = joints * _metres(joints, unit or rig.unit)
     if (up or rig.up or _vertical(joints)) == "z":
         joints = np.stack([joints[..., 0], joints[..., 2], -joints[..., 1]], axis=-1)
+    meta = dict(rig.meta) | {"table": name if isinstance(name, str) else "custom"}
+    if _begins_elsewhere(joints):
+        joints, meta["note"] = joints[1:], "begins with a T-pose that is not part of the movement: left out"
     if fps is not None and fps != rig.fps:
         joints = resample(joints, rig.fps, fps)
-    meta = dict(rig.meta) | {"table": name if isinstance(name, str) else "custom"}
     return Motion(joints, fps or rig.fps, HUMANML3D, meta)
 
 
@@ -243,3 +246,17 @@ def _vertical(joints: np.ndarray) -> str:
     """y or z, whichever the head is above the ankles along, over the clip."""
     rise = (joints[:, 15] - joints[:, [7, 8]].mean(axis=1)).mean(axis=0)
     return "z" if abs(rise[2]) > abs(rise[1]) else "y"
+
+
+def _begins_elsewhere(joints: np.ndarray) -> bool:
+    """Whether the first frame is the T-pose that some programs put before a clip: arms level, legs straight down, and
+    a jump to the second frame four times as far as the next step."""
+    if len(joints) < 3:
+        return False
+    limbs = joints[0, [20, 21, 7, 8]] - joints[0, [16, 17, 1, 2]]
+    left, right, *legs = limbs / np.maximum(np.linalg.norm(limbs, axis=-1, keepdims=True), 1e-9)
+    if max(abs(left[1]), abs(right[1])) > 0.2 or left @ right > -0.9 or max(leg[1] for leg in legs) > -0.95:
+        return False
+    about = joints[:3] - joints[:3, :1]
+    first, second = np.linalg.norm(np.diff(about, axis=0), axis=-1).max(axis=-1)
+    return bool(first > 0.3 and first > 4 * second)

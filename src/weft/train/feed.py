@@ -29,6 +29,8 @@ from weft.train.parallel import Processes
 from weft.train.sizes import Size, nearest_size, picture_size, stage_sizes
 from weft.types import Condition, Example, Trainable
 
+LOOK_AT = 10_000  # records of a source that are read before the first step, for `Feed.notes`
+
 
 def open_source(config: SourceRecipe) -> Sequence[Record]:
     """The records of a source. Raises WeftError for a wrong callable, argument, kind or path."""
@@ -160,6 +162,18 @@ class Feed:
             spans,
             recipe.run.seed,
         )
+
+    def notes(self) -> list[str]:
+        """What the sources and the trainable, if it says anything, have to say of the data before the first step. The
+        trainable sees records from all over each source (fewer of generated ones, which have to be made)."""
+        notes = [note for source in self.sources for note in getattr(source, "notes", ())]
+        if not hasattr(self.trainable, "notes"):
+            return notes
+        seen = []
+        for source, item in zip(self.sources, self.recipe.data, strict=True):
+            most = min(len(source), LOOK_AT if item.source.call is None else LOOK_AT // 40)
+            seen += [source[i] for i in np.linspace(0, len(source) - 1, most).astype(int).tolist()]
+        return notes + self.trainable.notes(seen)
 
     def _open_cache(self) -> ExampleCache:
         config = self.recipe.cache

@@ -314,6 +314,8 @@ class Trainer:
             self.trackers = open_trackers(settings.trackers, self.folder, self.step, plain(self.recipe))
         count = sum(p.numel() for p in self.parameters.values())
         self.say(f"training {count:,} parameters of {', '.join(self.trained)} on {self.device}, step {self.step}")
+        for note in self.feed.notes() if self.processes.first else ():
+            self.say(f"note: {note}")
         try:
             with watched(self._ask):
                 self.prepare_data()

@@ -18,6 +18,7 @@ from weft.errors import WeftError
 from weft.models.motion.heads import DepthTransformer, ResidualPredictor
 from weft.models.motion.lm import MotionLM
 from weft.models.motion.load import load
+from weft.models.tokenizers import unknown_words
 from weft.record import Record
 from weft.types import Draw, Example, Loss
 
@@ -58,6 +59,19 @@ class MotionLMTrainable:
         tokens = sorted(self.model.tokenizer.get_vocab().items())
         return {"serialisation": self.model.options.serialisation, "heading": self.model.codec.heading,
                 "stats": [stats.mean.tolist(), stats.std.tolist()], "tokens": tokens}  # fmt: skip
+
+    def notes(self, records: Sequence[Record]) -> list[str]:
+        """What one should know of the data before the first step: words that the vocabulary lacks."""
+        texts = [p.text for record in records for turn in record.turns for p in turn.parts if p.type == "text"]
+        unknown, words = unknown_words(self.model.tokenizer, [text for text in texts if text])
+        if not unknown:
+            return []
+        most = ", ".join(f"{word} {n}" for word, n in unknown.most_common(12))
+        more = ", ..." if len(unknown) > 12 else ""
+        return [
+            f"the vocabulary lacks {len(unknown)} words, {sum(unknown.values()) / words:.0%} of the {words:,} that "
+            f"{len(records):,} records hold; they are read letter by letter: {most}{more}"
+        ]
 
     def examples(self, records: Sequence[Record]) -> list[Example]:
         """`rows` [S, columns], `kind` [S] and `above` [S, L-1] of each record (`reading.Rows`)."""

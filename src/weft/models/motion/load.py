@@ -21,16 +21,16 @@ def load(
     dtype: str | torch.dtype | None = None,
     lora: Sequence[str | tuple[str, float]] = (),
 ) -> MotionLM:
-    """The model in a folder that `MotionLM.save` (or `weft.models.motion.build`) wrote, in eval mode.
+    """The model in a folder that `MotionLM.save` (or `weft.models.motion.build`) wrote, or of the zoo, in eval mode.
 
     `device`: None takes CUDA, then MPS, then the CPU. `dtype` is the transformer's: None is fp32 on the CPU and bf16
     elsewhere; quantiser and head stay fp32. `lora`: adapters of the transformer as `weft.train` exports them
     ("path"); their new token rows and a head trained beside them are taken, too. Raises WeftError for a folder that
     lacks a part or does not fit together.
     """
-    from weft.models.load import pick_device, pick_dtype, split_weight
+    from weft.models.load import find_model, pick_device, pick_dtype, split_weight
 
-    folder = Path(folder)
+    folder = find_model(str(folder))
     target = pick_device(device)
     card = read_json(folder / "weft.json")
     if "tokens" not in card:

@@ -142,54 +142,47 @@ def _lines(path: Path) -> list[str]:
 
 def _read_frames(path: Path, skeleton: Skeleton) -> np.ndarray:
     """[T, channels]: the root's six, then the freedoms of every bone in the order of the skeleton."""
-    starts, width = {"root": 0}, 6
-    sizes = {"root": 6}
-    for bone in skeleton.bones[1:]:
-        starts[bone.name], sizes[bone.name] = width, len(bone.freedoms)
-        width += len(bone.freedoms)
-    frames: list[np.ndarray] = []
-    filled, seen = np.zeros(0, dtype=bool), ""
+    sizes = {"root": 6} | {bone.name: len(bone.freedoms) for bone in skeleton.bones[1:] if bone.freedoms}
+    frames: list[list[float]] = []
+    frame: dict[str, list[str]] = {}
+    seen = ""
+
+    def close() -> None:
+        missing = next((name for name in sizes if name not in frame), None)
+        if missing is not None:
+            raise WeftError(f"{path}: frame {seen} has no values for {missing}: the file is truncated")
+        try:
+            frames.append([float(v) for name in sizes for v in frame[name]])
+        except ValueError as error:
+            raise WeftError(f"{path}: frame {seen}: {error}") from error
+
     for line in _lines(path):
-        words = line.split()
+        name, *values = line.split()
         if line.startswith(":"):
             if line.lower() == ":radians":
                 raise WeftError(f"{path}: angles in radians: convert them to degrees")
-        elif len(words) == 1 and words[0].isdigit():
-            _check_filled(filled, skeleton, path, len(frames) - 1)
-            frames.append(np.zeros(width))
-            filled, seen = np.zeros(width, dtype=bool), words[0]
-        elif not frames:
+        elif not values and name.isdigit():
+            if seen:
+                close()
+            frame, seen = {}, name
+        elif not seen:
             raise WeftError(f"{path}: '{line[:40]}' before the first frame number: it is not an AMC file")
-        else:
-            name, values = words[0], words[1:]
-            if name not in starts:
+        elif len(values) != sizes.get(name, -1):
+            if name not in sizes:
                 raise WeftError(f"{path}: frame {seen}: bone '{name}' is not in the skeleton: use its own .asf")
-            if len(values) != sizes[name]:
-                raise WeftError(
-                    f"{path}: frame {seen}: {name} has {len(values)} values, the skeleton {sizes[name]} freedoms: "
-                    "the file is truncated, or belongs to another .asf"
-                )
-            part = slice(starts[name], starts[name] + sizes[name])
-            try:
-                frames[-1][part] = [float(v) for v in values]
-            except ValueError as error:
-                raise WeftError(f"{path}: frame {seen}: {name}: {error}") from error
-            filled[part] = True
-    if not frames:
+            raise WeftError(
+                f"{path}: frame {seen}: {name} has {len(values)} values, the skeleton {sizes[name]} freedoms: "
+                "the file is truncated, or belongs to another .asf"
+            )
+        else:
+            frame[name] = values
+    if not seen:
         raise WeftError(f"{path}: no frames: it is cut off or not an AMC file")
-    _check_filled(filled, skeleton, path, len(frames) - 1)
-    stacked = np.stack(frames)
+    close()
+    stacked = np.array(frames)
     if not np.isfinite(stacked).all():
         raise WeftError(f"{path}: NaN or infinity in frame {int(np.argwhere(~np.isfinite(stacked))[0][0]) + 1}")
     return stacked
-
-
-def _check_filled(filled: np.ndarray, skeleton: Skeleton, path: Path, frame: int) -> None:
-    if filled.all():
-        return
-    names = ["root"] * 6 + [b.name for b in skeleton.bones[1:] for _ in b.freedoms]
-    missing = names[int(np.flatnonzero(~filled)[0])]
-    raise WeftError(f"{path}: frame {frame + 1} has no values for {missing}: the file is truncated")
 
 
 def _kinematics(skeleton: Skeleton, values: np.ndarray) -> np.ndarray:

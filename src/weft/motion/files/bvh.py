@@ -146,6 +146,7 @@ def _kinematics(joints: list[_Joint], values: np.ndarray) -> np.ndarray:
     frames = len(values)
     positions, turned = np.empty((frames, len(joints), 3)), np.empty((frames, len(joints), 4))
     column = 0
+    carries = {joint.parent for joint in joints}
     for k, joint in enumerate(joints):
         step = np.tile(joint.offset, (frames, 1))
         spins: list[int] = []
@@ -155,7 +156,7 @@ def _kinematics(joints: list[_Joint], values: np.ndarray) -> np.ndarray:
             else:
                 spins.append(c)
         local = np.tile([1.0, 0, 0, 0], (frames, 1))
-        if spins:
+        if spins and k in carries:
             order = "".join(joint.channels[c][0] for c in spins)
             angles = values[:, [column + c for c in spins]]
             if len(spins) < 3:  # the axes that are not there do not turn
