@@ -173,6 +173,10 @@ class TokenModel(Protocol):
         """What the assistant answers to each record's last user turn; answer k is a function of record and seed k."""
         ...
 
+    def sampling(self, options: Any) -> Any:
+        """The options in force (`weft.sample.tokens.Sampling`): the model's own where `options` has None."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write the model in its folder layout."""
         ...

@@ -27,6 +27,7 @@ COMMANDS = {
     "train": ("weft.cli.training", "Train", "run a recipe (YAML); continues where it was stopped"),
     "plan": ("weft.cli.training", "Plan", "what a recipe would cost: steps, forwards, tokens, time, memory"),
     "eval world": ("weft.cli.evaluate", "EvalWorld", "success on the embedded world, measured by its oracle"),
+    "eval motion-world": ("weft.cli.evaluate", "EvalMotionWorld", "the same of movements, edits and captions"),
     "eval judge": ("weft.cli.judge", "EvalJudge", "agreement of a judge with the oracle, and its attack table"),
     "data check": ("weft.cli.data", "Check", "read every record, picture and movement, and name what is wrong"),
     "data show": ("weft.cli.data", "Show", "an HTML page of records: inputs, instruction, target"),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from weft.report.page import Page
     from weft.report.table import Table
 
+EDIT_MEAN = "edit, mean over kinds"
 PLACES = 100_000  # records of a group, at most
 
 

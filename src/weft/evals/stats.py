@@ -220,10 +220,14 @@ def _cluster_bootstrap(
     generator: np.random.Generator,
 ) -> Interval:
     parts = list(_split(data, clusters).values())
-    picks = (generator.integers(0, len(parts), len(parts)) for _ in range(resamples))
     if statistic is None:
         sums, counts = np.array([part.sum() for part in parts]), np.array([len(part) for part in parts])
-        draws = np.array([sums[pick].sum() / counts[pick].sum() for pick in picks])
+        draws, chunk = np.empty(resamples), max(1, CHUNK // len(parts))
+        for start in range(0, resamples, chunk):
+            stop = min(resamples, start + chunk)
+            pick = generator.integers(0, len(parts), (stop - start, len(parts)))
+            draws[start:stop] = sums[pick].sum(1) / counts[pick].sum(1)
         return Interval(float(data.mean()), *_percentiles(draws, level), len(data), level)
+    picks = (generator.integers(0, len(parts), len(parts)) for _ in range(resamples))
     draws = np.array([statistic(np.concatenate([parts[k] for k in pick])) for pick in picks])
     return Interval(float(statistic(data)), *_percentiles(draws, level), len(data), level)

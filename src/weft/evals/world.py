@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from weft.evals import stats
-from weft.evals.benchmark import BaselineScorer, Benchmark, Report, by_group, inserted, mean
+from weft.evals.benchmark import EDIT_MEAN, BaselineScorer, Benchmark, Report, by_group, inserted, mean
 from weft.evals.runner import PICTURES, Results, Row, Sampling
 from weft.evals.stats import Interval
 from weft.evals.world_groups import DEFAULT, SHORT, WORLD
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from weft.report.table import Table
     from weft.types import FlowModel
 
-EDIT_MEAN = "edit, mean over kinds"
 BASELINES = ("copy", "reference", "blank", "chance")
 
 

@@ -26,7 +26,8 @@ class Comparison:
     """Pictures side by side under one instruction, with a verdict.
 
     `pictures` are (label, picture) pairs, None where there is none; `verdict` is None where nothing was judged;
-    `checks` names what was asked and whether it happened; `detail` is a line of measurements.
+    `checks` names what was asked and whether it happened; `detail` is a line of measurements. `strips`: every picture
+    is a strip of moments; they stand below one another, as wide as the card.
     """
 
     caption: str
@@ -34,6 +35,7 @@ class Comparison:
     verdict: bool | None = None
     checks: Mapping[str, bool] = field(default_factory=dict)
     detail: str | None = None
+    strips: bool = False
 
 
 @dataclass(slots=True)
