@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -362,6 +363,50 @@ def test_lora_trains_new_rows_and_head_and_nothing_else(folders: dict[str, Path]
         assert after.loss(examples, draw).per_sample.mean() < 0.9 * before.loss(examples, draw).per_sample.mean()
     x = torch.randn(2, 32)
     assert torch.allclose(tuned.transformer.get_output_embeddings()(x)[:, text:], x @ b[text:].t() / 32**0.5, atol=1e-4)
+
+
+@pytest.mark.parametrize("serialisation", ["flat", "depth", "base_only"])
+def test_a_lora_leaves_merged_or_alone(folders: dict[str, Path], tmp_path: Path, serialisation: str) -> None:
+    """Token rows and head go with it; the merged folder is a plain model, and both answer as the adapted one did."""
+    from transformers import AutoModelForCausalLM
+
+    from weft.models.adapt import add_lora, save_lora
+    from weft.models.export import export
+    from weft.models.motion.export import probe
+
+    trained = MotionLMTrainable(folders[serialisation])
+    modules = {name: module for name, module in trained.modules().items() if name != "rvq"}
+    rows = trained.new_rows()["transformer"]
+    add_lora(modules["transformer"], rank=4, alpha=8, targets=["q_proj", "up_proj"], rows=rows)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in modules.values():
+            for name, parameter in module.named_parameters():
+                if any(word in name for word in ("lora_B", "tokens_delta", "condition")):
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    lora = str(save_lora(modules, tmp_path / "lora").parent)
+    plain, adapted = (probe(load(folders[serialisation], device="cpu", lora=x)) for x in ([], [lora]))
+    assert (plain - adapted).abs().max() > 0.1
+
+    whole = export(folders[serialisation], tmp_path / "whole", lora=[lora], device="cpu")
+    assert whole.difference < 1e-4 and (probe(load(whole.path, device="cpu")) - adapted).abs().max() < 1e-4
+    facts = json.loads((whole.path / "export.json").read_text())
+    assert facts["merged_layers"] == 4 and facts["lora"] == [lora]
+    theirs = AutoModelForCausalLM.from_pretrained(whole.path / "transformer").state_dict()
+    ours = load(whole.path, device="cpu").transformer.state_dict()
+    assert all(torch.equal(theirs[key], value) for key, value in ours.items()) and not any("lora" in k for k in ours)
+
+    alone = export(folders[serialisation], tmp_path / "alone", lora=[lora], what="lora", device="cpu")
+    facts = json.loads((alone.path / "export.json").read_text())
+    assert (facts["rank"], facts["alpha"]) == (4, 8)
+    again = load(folders[serialisation], device="cpu", lora=[str(alone.path)])
+    assert torch.equal(probe(again), adapted)
+    half = export(folders[serialisation], tmp_path / "half", lora=[lora], dtype="bf16", device="cpu")
+    assert 0 < half.difference < 5e-2
+    with pytest.raises(WeftError, match="must be 1"):
+        export(folders[serialisation], tmp_path / "x", lora=[(lora, 0.5)])
+    with pytest.raises(WeftError, match="a model of movement has none"):
+        export(folders[serialisation], tmp_path / "x", lora=[lora], options={"layout": "mosaic"})
 
 
 def test_it_opens_by_its_index(folders: dict[str, Path]) -> None:

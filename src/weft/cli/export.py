@@ -15,11 +15,11 @@ from weft.cli.options import Text, parse_option
 
 @dataclass(kw_only=True)
 class Export:
-    """Write a model with its LoRAs merged as a folder in diffusers layout, or one LoRA, its strength folded in, as
-    diffusers reads it. The result is opened again and compared with the original."""
+    """Write a model with its LoRAs merged as a folder in the layout of its kind, or one LoRA, its strength folded in, as
+    diffusers (a VLM's: peft) reads it. The result is opened again and compared with the original."""
 
     model: Positional[str]
-    """A model of the zoo, a folder in diffusers layout, a VLM's folder, or a hub id."""
+    """A model of the zoo, of pictures or movements, a folder in diffusers layout, a VLM's folder, or a hub id."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The folder to write; it must not exist."""
     lora: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH[:SCALE]")] = field(

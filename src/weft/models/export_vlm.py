@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import weft
 from weft.models.adapt import load_adapter, lora_state
-from weft.models.export import Exported, fold_strength, merge_adapters, settle
+from weft.models.export import Leaver, Loras, fold_strength, merge_adapters
 from weft.models.image.metaquery_parts import find_vlm
 from weft.models.load import DTYPES, split_weight
 from weft.models.rewriter import question
@@ -48,43 +46,33 @@ def probe(reader: LocalVLM) -> Tensor:
     return output.logits[0, -1].float().cpu()
 
 
-def export_vlm(
-    source: str | Path,
-    out: Path,
-    *,
-    lora: Sequence[str | tuple[str, float]] = (),
-    what: str = "model",
-    dtype: str = "fp32",
-    device: str | None = None,
-) -> Exported:
-    """As `weft.models.export.export`, for the folder or hub id of a Qwen2.5-VL or Qwen3-VL model and LoRAs of its part
-    `vlm` (`model.lora` of a recipe). A LoRA alone becomes `adapter_model.safetensors` and `adapter_config.json`."""
-    folder = find_vlm(str(source), Path())
-    reader = _open(folder, lora, device)
-    before = probe(reader)
-    facts: dict[str, Any] = {"weft": weft.__version__, "source": str(source), "what": what}
-    facts |= {"lora": [str(item) for item in lora]}
-    if what == "lora":
-        fold_strength(reader.model, "lora0")
-        facts |= _save_adapter(reader.model, folder, out)
-        again = load_vlm(folder, device=device, dtype="fp32")
-        again.model.load_adapter(str(out))
-    else:
-        facts |= {"merged_layers": merge_adapters(reader.model), "dtype": dtype}
+def vlm_leaver(device: str | None) -> Leaver:
+    """Folders or hub ids of Qwen2.5-VL and Qwen3-VL models, with LoRAs of their part `vlm` (`model.lora` of a recipe).
+    A LoRA alone becomes `adapter_model.safetensors` and `adapter_config.json`."""
+
+    def save(reader: LocalVLM, out: Path, dtype: str) -> dict[str, Any]:
+        folder = Path(reader.model.name_or_path)
+        facts = {"merged_layers": merge_adapters(reader.model)}
         reader.model.to(DTYPES[dtype]).save_pretrained(out)
         reader.processor.save(out)
         for name in CARDS:
             if (folder / name).is_file():
                 shutil.copy(folder / name, out / name)
-        again = load_vlm(out, device=device, dtype="fp32")
-    return settle(out, before, probe(again), dtype if what == "model" else "fp32", facts)
+        return facts
+
+    def reopen(source: str | Path, out: Path) -> LocalVLM:
+        again = load_vlm(find_vlm(str(source), Path()), device=device, dtype="fp32")
+        again.model.load_adapter(str(out))
+        return again
+
+    return Leaver(lambda source, lora: _open(source, lora, device), probe, save, _save_adapter, reopen)
 
 
-def _open(folder: Path, lora: Sequence[str | tuple[str, float]], device: str | None) -> LocalVLM:
+def _open(source: str | Path, lora: Loras, device: str | None) -> LocalVLM:
     """The VLM in fp32 with its LoRAs on, at their strengths."""
     from peft.tuners.lora import LoraLayer
 
-    reader = load_vlm(folder, device=device, dtype="fp32")
+    reader = load_vlm(find_vlm(str(source), Path()), device=device, dtype="fp32")
     names = [f"lora{k}" for k in range(len(lora))]
     weights = []
     for name, item in zip(names, lora, strict=True):
@@ -100,16 +88,18 @@ def _open(folder: Path, lora: Sequence[str | tuple[str, float]], device: str | N
     return reader
 
 
-def _save_adapter(model: Any, folder: Path, out: Path) -> dict[str, Any]:
+def _save_adapter(reader: LocalVLM, out: Path) -> dict[str, Any]:
     """Write the adapter `lora0` as peft does; returns what it is."""
     from safetensors.torch import save_file
 
+    fold_strength(reader.model, "lora0")
     out.mkdir(parents=True)
-    tensors = {f"base_model.model.{key}": value for key, value in lora_state(model, "lora0").items()}
+    tensors = {f"base_model.model.{key}": value for key, value in lora_state(reader.model, "lora0").items()}
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = model.peft_config["lora0"].to_dict()
+    config = reader.model.peft_config["lora0"].to_dict()
     kept = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    kept |= {"base_model_name_or_path": folder.name, "inference_mode": True, "peft_type": "LORA"}
+    kept |= {"base_model_name_or_path": Path(reader.model.name_or_path).name}
+    kept |= {"inference_mode": True, "peft_type": "LORA"}
     text = json.dumps(kept, indent=2, sort_keys=True, default=str) + "\n"
     (out / "adapter_config.json").write_text(text, encoding="utf-8")
     return {"rank": config["r"], "alpha": config["lora_alpha"]}
