@@ -15,8 +15,8 @@ from weft.cli.options import Text, parse_option
 
 @dataclass(kw_only=True)
 class Export:
-    """Write a model with its LoRAs merged as a folder in the layout of its kind, or one LoRA, its strength folded in, as
-    diffusers (a VLM's: peft) reads it. The result is opened again and compared with the original."""
+    """Write a model with its LoRAs merged as a folder in the layout of its kind, or one LoRA, its strength folded in,
+    as diffusers (a VLM's: peft) reads it. The result is opened again and compared with the original."""
 
     model: Positional[str]
     """A model of the zoo, of pictures or movements, a folder in diffusers layout, a VLM's folder, or a hub id."""

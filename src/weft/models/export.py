@@ -23,7 +23,7 @@ from weft.record import make_record
 from weft.rng import normal
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
-"""Largest difference of what the reloaded model answers, relative to its spread, by the dtype of the written weights."""
+"""Largest difference of the reloaded model's answer, relative to its spread, by the dtype of the written weights."""
 Loras = Sequence[str | tuple[str, float]]
 
 

@@ -18,8 +18,8 @@ from weft.models.motion.load import load
 
 @torch.no_grad()
 def probe(model: MotionLM) -> Tensor:
-    """What two models are compared by: all next-token scores in a fixed movement, those of the upper levels by the head,
-    and the movement decoded, each in units of its spread."""
+    """What two models are compared by: all next-token scores in a fixed movement, those of the upper levels by the
+    head, and the movement decoded, each in units of its spread."""
     codec, head = model.codec, model.head
     codes = torch.arange(6 * codec.config.levels).view(6, -1) * 7 % codec.config.codes
     movement = model.serial.rows(codes)
