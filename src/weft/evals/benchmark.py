@@ -263,7 +263,9 @@ def inserted(groups: Mapping[str, G], after: str, name: str, value: G) -> dict[s
 
 
 def title(name: str, titles: Mapping[str, str]) -> str:
-    """A group's name for people: 'edit/recolour' -> 'edit: recolour'; `titles` are those of tasks."""
+    """A group's name for people: 'edit/recolour' -> 'edit: recolour'; `titles` are those of tasks, or whole ones."""
+    if name in titles:
+        return titles[name]
     task, _, what = name.partition("/")
     head, what = titles.get(task, task), what.partition(" reference")[0].replace("_", " ")
     return f"{head}: {what}" if what else head

@@ -12,7 +12,7 @@ from weft.evals import benchmark
 from weft.evals.benchmark import EDIT_MEAN, group_of, points
 from weft.evals.motion_answers import requests
 from weft.evals.motion_verdicts import shown_by, truth
-from weft.evals.motion_world import ATTRIBUTES, MotionReport, MotionScore, Rates
+from weft.evals.motion_world import ATTRIBUTES, MotionReport, MotionScore, Rates, physical
 from weft.motion.files import load_part
 from weft.motion.render import contact_strip
 from weft.motion.viewer import MOST, Scene, write_viewer
@@ -24,26 +24,27 @@ if TYPE_CHECKING:
     from weft.evals.runner import Row
     from weft.evals.stats import Interval
     from weft.motion.clip import Motion
-    from weft.record import Record
+    from weft.record import Part, Record
 
 TITLES = {
     "generate": "text to motion",
     "in_context": "in context: two clips",
-    "chain": "several turns",
+    "chain/two_turn": "two turns, played",
+    "chain/three_turn": "three turns, played",
     "between": "in-betweening",
     "knowledge": "implied movements",
     "reflect": "reflection",
     "describe": "motion to text",
 }
 MARKS = {"copy": "copy the source", "chance": "chance", "codec": "exact target after the quantiser"}
-PHYSICS = {
-    "skate_ratio": "skate ratio",
-    "skate_speed": "skate m/s",
-    "jitter": "jitter m/s³",
-    "floating": "floating m",
-    "bone_drift": "bone drift m",
+PHYSICS: dict[str, tuple[str, float]] = {
+    "skate_ratio": ("skate %", 100.0),
+    "skate_speed": ("skate cm/s", 100.0),
+    "jitter": ("jitter m/s³", 1.0),
+    "floating": ("floating cm", 100.0),
+    "bone_drift": ("bone drift mm", 1000.0),
 }
-GIVEN = {"source": "source", "start": "given: start", "end": "given: end"}
+GIVEN = {"source": "source", "start": "start", "end": "end"}
 
 
 def title(name: str) -> str:
@@ -77,8 +78,8 @@ def table(report: MotionReport, brief: bool = False) -> Table:
     return Table(list(columns), rows, note=_note(report), strong=strong)
 
 
-def _interval(value: Interval) -> str:
-    return percent_interval(value.value, value.low, value.high)
+def _interval(value: Interval, digits: int = 1) -> str:
+    return percent_interval(value.value, value.low, value.high, digits)
 
 
 def _percent(value: float | None) -> str:
@@ -97,7 +98,7 @@ def _baseline(kind: str, group: MotionScore) -> str:
 def _attributes(report: MotionReport) -> Table:
     names = [name for name in ATTRIBUTES if any(name in group.attributes for group in report.groups.values())]
     rows = [
-        [title(group.name), *(_interval(group.attributes[n]) if n in group.attributes else None for n in names)]
+        [title(group.name), *(_interval(group.attributes[n], 0) if n in group.attributes else None for n in names)]
         for group in report.groups.values()
     ]
     return Table(["group", *(f"{name} %" for name in names)], rows, title="By attribute, where it is asked for")
@@ -130,18 +131,29 @@ def _parts(report: MotionReport) -> Table | None:
 
 
 def _physics(report: MotionReport) -> Table | None:
+    groups = {title(name): group.physics for name, group in report.groups.items()}
     rows = []
-    for group in report.groups.values():
-        if not {"result", "truth"} <= set(group.physics):
-            continue
-        pairs = [(group.physics["result"][name], group.physics["truth"][name]) for name in PHYSICS]
-        rows.append([title(group.name), *(f"{made:.3g} ({true:.3g})" for made, true in pairs)])
+    for name, found in {**groups, "all": physical(report.rows.values())}.items():
+        if "result" in found:
+            shown = [found[kind] for kind in ("result", "truth", "codec") if kind in found]
+            rows.append([name, *(" / ".join(f"{f * v[key]:.1f}" for v in shown) for key, (_, f) in PHYSICS.items())])
     note = (
-        "Made by the model, in brackets the exact clips of the same records. skate: toes near the floor that move "
-        "faster than 0.2 m/s (share), and their mean speed; jitter: mean third difference of joint positions; "
-        "floating: height of the lowest joint; bone drift: the largest deviation of a bone's length over a clip."
+        "skate: how often a toe near the floor moves faster than 0.2 m/s, and the mean speed of such toes; jitter: "
+        "mean third difference of joint positions; floating: height of the lowest joint (jumps count); bone drift: the "
+        "largest deviation of a bone's length over a clip. The quantiser on the records of the baselines."
     )
-    return Table(["group", *PHYSICS.values()], rows, title="Physical plausibility", note=note) if rows else None
+    names = [name for name, _ in PHYSICS.values()]
+    heading = "Physical plausibility: the model's clips / the exact ones / these after the quantiser"
+    return Table(["group", *names], rows, heading, note, {len(rows) - 1}) if rows else None
+
+
+def _examples(report: MotionReport) -> Table:
+    rows = []
+    for name in report.groups:
+        if record := next((item for key, item in report.items.items() if group_of(key) == name), None):
+            given = ", ".join(label for label, _ in _given(record)) or "text alone"
+            rows.append([title(name), given, asked(record)])
+    return Table(["group", "given", "the first instruction"], rows, title="What is asked")
 
 
 # --- page ---------------------------------------------------------------------------------------------------------
@@ -175,7 +187,7 @@ def page(report: MotionReport, shown: int) -> Page:
     }
     figure = benchmark.bars({name: group.accuracy for name, group in groups.items()}, marks, "attribute accuracy")
     section.figure(figure, "Bars: attribute accuracy. Whiskers: 95 % bootstrap intervals. Marks: the same records.")
-    section.table(table(report))
+    section.table(table(report)).table(_examples(report))
     section = result.section("Parts").table(_attributes(report))
     for part in (_parts(report), _baselines(report), _physics(report)):
         if part is not None:
@@ -198,8 +210,16 @@ def _numbers(report: MotionReport) -> list[Number]:
             low, high = (_percent(v) for v in (group.accuracy.low, group.accuracy.high))
             note = f"of the attributes right; 95 %: {low} to {high}; chance {chance}. All of them: "
             found.append(Number(percent(group.accuracy.value), label, note + percent(group.success.value)))
-    if not found:
-        found = [Number(percent(g.accuracy.value), title(g.name)) for g in list(report.groups.values())[:4]]
+    for group in list(report.groups.values())[:1]:
+        if group.codec_error is not None and group.codec_drift is not None:
+            note = f"{title(group.name)}; with the path {1000 * group.codec_drift:.0f} mm"
+            found.append(Number(f"{1000 * group.codec_error:.0f} mm", "joint error of the quantiser", note))
+    measured = physical(report.rows.values())
+    if "result" in measured:
+        made, true = (measured[kind]["skate_ratio"] for kind in ("result", "truth"))
+        found.append(Number(percent(made), "foot skate", f"in the exact clips {percent(true)}"))
+    if not {"generate", EDIT_MEAN, "describe"} & set(report.groups):
+        found += [Number(percent(g.accuracy.value), title(g.name)) for g in list(report.groups.values())[:3]]
     return found
 
 
@@ -253,10 +273,25 @@ class _Shown:
     right: list[tuple[str, Motion]]
     said: str
 
-    @property
-    def asked(self) -> str:
-        texts = [instruction_text(turn) for turn in requests(self.record)]
-        return texts[0] if len(texts) == 1 else " ".join(f"{k}. {text}" for k, text in enumerate(texts, 1))
+
+def asked(record: Record) -> str:
+    """All that the user says, numbered where there are several turns."""
+    texts = [instruction_text(turn) for turn in requests(record)]
+    return texts[0] if len(texts) == 1 else " ".join(f"{k}. {text}" for k, text in enumerate(texts, 1))
+
+
+def _given(record: Record) -> list[tuple[str, Part]]:
+    """The movements that the model is given, by what they are: those of a chain's first turn, a reflection's attempt,
+    references as instructions name them."""
+    found: list[tuple[str, Part]] = []
+    count = 0
+    for turn in record.turns[: 2 if record.task == "reflect" else 1]:
+        for part in turn.parts:
+            if part.type == "motion":
+                count += part.role not in ("start", "end")
+                name = "attempt" if turn.role == "assistant" else GIVEN.get(part.role or "", f"motion {count}")
+                found.append((name, part))
+    return found
 
 
 def _first(report: MotionReport, shown: int) -> Iterator[tuple[str, list[_Shown]]]:
@@ -271,12 +306,7 @@ def _load(report: MotionReport, key: str) -> _Shown:
     assert report.results is not None
     record, row = report.items[key], report.rows[key]
     answer = report.results.made(row)
-    given: list[tuple[str, Motion]] = []
-    for turn in record.turns[: 2 if record.task == "reflect" else 1]:
-        for part in turn.parts:
-            if part.type == "motion":
-                name = "attempt" if turn.role == "assistant" else GIVEN.get(part.role or "", "")
-                given.append((name or f"motion {len(given) + 1}", load_part(part, record.root)))
+    given = [(name, load_part(part, record.root)) for name, part in _given(record)]
     made, right = ([], []) if record.task == "describe" else (shown_by(record, answer), shown_by(record, truth(record)))
     several = len(right) > 1
 
@@ -317,7 +347,7 @@ def _card(one: _Shown) -> Comparison:
     detail.append("seen: " + ", ".join(f"{name} {value}" for name, value in turns[-1]["seen"].items()))
     clips = [*one.given, *(clip for pair in zip(one.made, one.right, strict=False) for clip in pair)]
     pictures = [(name, contact_strip(clip, count=5, size=96).quantize(64)) for name, clip in clips]
-    return Comparison(one.asked, pictures, one.row["score"]["success"], checks, "; ".join(detail), strips=True)
+    return Comparison(asked(one.record), pictures, one.row["score"]["success"], checks, "; ".join(detail), strips=True)
 
 
 def write_scenes(report: MotionReport, path: Path, shown: int) -> None:
@@ -331,6 +361,6 @@ def write_scenes(report: MotionReport, path: Path, shown: int) -> None:
             clips = [*one.given[: MOST - len(ends)], *ends]
             verdict = "right" if one.row["score"]["success"] else "wrong"
             names = [name for name, _ in clips]
-            scenes.append(Scene([c for _, c in clips], names, f"{title(name)} {k} ({verdict})", one.asked))
+            scenes.append(Scene([c for _, c in clips], names, f"{title(name)} {k} ({verdict})", asked(one.record)))
     if scenes:
         write_viewer(scenes, path, title=f"{report.settings['model']} on the embedded motion world")

@@ -13,7 +13,7 @@ is mended, for a user wants the result. `changed` is milder: whether what the tu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -288,7 +288,6 @@ def _group(name: str, rows: Sequence[Row], items: Mapping[str, Record]) -> Motio
     for row, score in zip(rows, scores, strict=True):
         kinds.setdefault(items[row["key"]].meta["kind"], []).append(score)
     numbered = [[score["turns"][k] for score in scores] for k in range(len(scores[0]["turns"]))]
-    physical = [score["physics"] for score in scores if "physics" in score]
     return MotionScore(
         name=name,
         count=len(rows),
@@ -306,17 +305,19 @@ def _group(name: str, rows: Sequence[Row], items: Mapping[str, Record]) -> Motio
         codec=_known_rates(worn),
         codec_error=mean([found["error"] for found in worn]),
         codec_drift=mean([found["drift"] for found in worn]),
-        physics={
-            kind: physics.average(found)
-            for kind, found in {
-                "result": [p["result"] for p in physical if p["result"]],
-                "truth": [p["truth"] for p in physical if p["truth"]],
-                "codec": [found["physics"] for found in worn],
-            }.items()
-            if found
-        },
+        physics=physical(rows),
         baseline_count=len(judged),
     )
+
+
+def physical(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """The mean of `weft.motion.physics.measure` over the answers, their targets, and targets after the quantiser."""
+    measured: dict[str, list[dict[str, float]]] = {"result": [], "truth": [], "codec": []}
+    for row in rows:
+        found = {**row["score"].get("physics", {}), "codec": row.get("codec", {}).get("physics")}
+        for kind, numbers in found.items():
+            measured[kind] += [numbers] if numbers else []
+    return {kind: physics.average(found) for kind, found in measured.items() if found}
 
 
 def _attributes(scores: Sequence[dict[str, Any]]) -> dict[str, Interval]:
