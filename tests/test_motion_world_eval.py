@@ -107,7 +107,7 @@ def test_the_page_shows_what_was_asked_and_made(exact: Path) -> None:
     assert not re.search(r"""(?:src|href|url)\W{1,2}https?:""", html)  # nothing is loaded from elsewhere
     for text in (
         "text to motion",
-        "several turns: two turn",
+        "two turns, played",
         "turn 2: style",
         "a right caption",
         "not selected",
@@ -115,7 +115,7 @@ def test_the_page_shows_what_was_asked_and_made(exact: Path) -> None:
     ):
         assert text in html, text
     viewer = (exact / "viewer.html").read_text()
-    assert "several turns: two turn 1 (right)" in viewer and "result, turn 2" in viewer
+    assert "two turns, played 1 (right)" in viewer and "result, turn 2" in viewer
 
 
 def test_a_copy_of_the_source_keeps_the_rest_and_changes_nothing() -> None:
