@@ -273,10 +273,21 @@ def test_a_fine_tune_from_the_folder_to_the_movement(run: Run, tmp_path: Path) -
     assert last[0].target and np.abs(load_part(last[0].target, last[0].root).joints - rig.joints[:40]).max() < 0.01
 
     model = tiny_motion_folder(tmp_path / "model", "depth")
+    learnt = (f"model.path={model}", f"data.0.source.path={made}", f"validate.source.path={held}", "run.steps=2",
+              "data.1.source.args.count=4", "run.batch_size=4", "run.validate_every=2")  # fmt: skip
+    status, out, err = run("train", "tiny/motion_finetune_rvq", *learnt, "-o", tmp_path / "rvq")
+    assert status == 0 and "val/joints_mm" in out, err
+    model = tmp_path / "rvq" / "export"  # the whole model, with another quantiser
     overrides = (f"model.path={model}", f"data.0.source.path={made}", f"validate.source.path={held}",
                  "data.1.source.args.count=4", "run.steps=2", "run.batch_size=2", "run.validate_every=2")  # fmt: skip
     status, out, err = run("train", "tiny/motion_finetune", *overrides, "-o", tmp_path / "run")
-    assert status == 0 and "the vocabulary lacks" in out and "letter by letter" in out and "val/loss" in out, err
+    assert (
+        status == 0
+        and "the vocabulary lacks" in out
+        and "letter by letter" in out
+        and "mm a joint" in out
+        and "val/loss" in out
+    ), err
     lora = ("--model", model, "--lora", tmp_path / "run" / "export")
     assert run("generate", "zigzag", "-o", tmp_path / "x.bvh", *lora, "--seconds", 1)[0] == 0
     assert len(read_motion(tmp_path / "x.bvh")) == 20

@@ -164,16 +164,17 @@ class Feed:
         )
 
     def notes(self) -> list[str]:
-        """What the sources and the trainable, if it says anything, have to say of the data before the first step. The
+        """What the sources, and the trainable if it has `notes`, have to say of the data before the first step. The
         trainable sees records from all over each source (fewer of generated ones, which have to be made)."""
-        notes = [note for source in self.sources for note in getattr(source, "notes", ())]
-        if not hasattr(self.trainable, "notes"):
-            return notes
-        seen = []
+        found = []
         for source, item in zip(self.sources, self.recipe.data, strict=True):
-            most = min(len(source), LOOK_AT if item.source.call is None else LOOK_AT // 40)
-            seen += [source[i] for i in np.linspace(0, len(source) - 1, most).astype(int).tolist()]
-        return notes + self.trainable.notes(seen)
+            own = list(getattr(source, "notes", ()))
+            if hasattr(self.trainable, "notes"):
+                most = min(len(source), LOOK_AT if item.source.call is None else LOOK_AT // 40)
+                rows = np.linspace(0, len(source) - 1, most).astype(int).tolist()
+                own += self.trainable.notes([source[i] for i in rows])
+            found += [f"{item.source.path or item.source.call}: {note}" for note in own]
+        return found
 
     def _open_cache(self) -> ExampleCache:
         config = self.recipe.cache

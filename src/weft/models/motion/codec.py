@@ -84,10 +84,23 @@ class Codec:
                 found[i] = index[k, : len(rows[i]) // self.config.stride].clone()
         return [codes for codes in found if codes is not None]
 
-    @torch.no_grad()
     def decode(self, codes: Sequence[Tensor]) -> list[Motion]:
         """Clips of codes [t, L' <= L], stride frames a step, at the layout's frame rate."""
-        found: list[Motion | None] = [None] * len(codes)
+        return [from_features(row) for row in self._decoded(codes)]
+
+    def joint_error(self, clips: Sequence[Motion]) -> float:
+        """Mean distance in millimetres of joints from those that the clips' codes give back, on the reference skeleton,
+        root path and heading taken as equal."""
+        block = self.layout.blocks()["positions"]
+        unit = 1000.0 if self.layout.unit == "m" else 1.0
+        wanted, given = self.features(clips), self._decoded(self.encode(clips))
+        gaps = [(self.stats.restore(a) - b)[:, block].reshape(-1, 3) for a, b in zip(wanted, given, strict=True)]
+        return unit * float(np.linalg.norm(np.concatenate(gaps), axis=-1).mean())
+
+    @torch.no_grad()
+    def _decoded(self, codes: Sequence[Tensor]) -> list[np.ndarray]:
+        """Features [T, F] of codes, in the dataset's units."""
+        found: list[np.ndarray | None] = [None] * len(codes)
         device = next(self.rvq.parameters()).device
         for part in batches([len(c) * self.config.stride for c in codes], FRAMES):
             steps = [len(codes[i]) for i in part]
@@ -97,8 +110,8 @@ class Codec:
                 index[k, : steps[k], : codes[i].shape[-1]] = codes[i]
             x = self.rvq.decode(index.to(device), steps).float().cpu().numpy()
             for k, i in enumerate(part):
-                found[i] = from_features(self.stats.restore(x[k, : steps[k] * self.config.stride]))
-        return [clip for clip in found if clip is not None]
+                found[i] = self.stats.restore(x[k, : steps[k] * self.config.stride])
+        return [row for row in found if row is not None]
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write `rvq/` and `statistics.json`; floating-point weights as `dtype` if given."""

@@ -19,6 +19,7 @@ from weft.models.motion.heads import DepthTransformer, ResidualPredictor
 from weft.models.motion.lm import MotionLM
 from weft.models.motion.load import load
 from weft.models.tokenizers import unknown_words
+from weft.motion.files import load_part
 from weft.record import Record
 from weft.types import Draw, Example, Loss
 
@@ -61,17 +62,23 @@ class MotionLMTrainable:
                 "stats": [stats.mean.tolist(), stats.std.tolist()], "tokens": tokens}  # fmt: skip
 
     def notes(self, records: Sequence[Record]) -> list[str]:
-        """What one should know of the data before the first step: words that the vocabulary lacks."""
-        texts = [p.text for record in records for turn in record.turns for p in turn.parts if p.type == "text"]
-        unknown, words = unknown_words(self.model.tokenizer, [text for text in texts if text])
-        if not unknown:
-            return []
-        most = ", ".join(f"{word} {n}" for word, n in unknown.most_common(12))
-        more = ", ..." if len(unknown) > 12 else ""
-        return [
-            f"the vocabulary lacks {len(unknown)} words, {sum(unknown.values()) / words:.0%} of the {words:,} that "
-            f"{len(records):,} records hold; they are read letter by letter: {most}{more}"
-        ]
+        """What one should know of a source before the first step: words that the vocabulary lacks, and how well the
+        quantiser, which stays as it is, gives (32 of) its movements back."""
+        notes = []
+        parts = [(p, record.root) for record in records for turn in record.turns for p in turn.parts]
+        unknown, words = unknown_words(self.model.tokenizer, [p.text for p, _ in parts if p.type == "text" and p.text])
+        if unknown:
+            most = ", ".join(f"{word} {n}" for word, n in unknown.most_common(12))
+            notes.append(
+                f"the vocabulary lacks {len(unknown)} words, {sum(unknown.values()) / words:.0%} of the {words:,} in "
+                f"{len(records):,} records; they are read letter by letter: {most}{', ...' * (len(unknown) > 12)}"
+            )
+        moves = [(p, root) for p, root in parts if p.type == "motion"]
+        clips = [load_part(p, root, fps=None) for p, root in moves[:: -(-len(moves) // 32) or 1]]
+        if clips:
+            notes.append(f"the quantiser gives {len(clips)} movements back within "
+                         f"{self.model.codec.joint_error(clips):.0f} mm a joint on average")  # fmt: skip
+        return notes
 
     def examples(self, records: Sequence[Record]) -> list[Example]:
         """`rows` [S, columns], `kind` [S] and `above` [S, L-1] of each record (`reading.Rows`)."""

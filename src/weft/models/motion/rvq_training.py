@@ -7,6 +7,7 @@ default.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 
 from weft import rng
 from weft.errors import WeftError
+from weft.models.load import find_model
 from weft.models.motion.codec import load_codec
 from weft.models.motion.rvq import Noise
 from weft.motion.files import load_part
 from weft.record import Part, Record
 from weft.types import Draw, Example, Loss
 
+PARTS = ("model_index.json", "weft.json", "tokenizer", "transformer", "heads")
 RECON = {"l1_smooth": F.smooth_l1_loss, "l1": F.l1_loss}
 
 
@@ -31,7 +34,8 @@ class RvqTrainable:
 
     `window`: frames of the random window of each clip (a shorter clip is taken whole, under the mask). `dropout`: the
     chance that a step drops the levels above a drawn one (level 0 never). `temperature`: of the drawn choice of
-    codes. `divide`: divide the straight-through gradient by the number of levels (the reference does not).
+    codes. `divide`: divide the straight-through gradient by the number of levels (the reference does not). `whole`:
+    the export is the folder with the trained quantiser in it, language model included, instead of the quantiser alone.
     With several micro-batches a step the averages take one step for each.
     """
 
@@ -50,8 +54,10 @@ class RvqTrainable:
         dropout: float = 0.2,
         temperature: float = 0.5,
         divide: bool = False,
+        whole: bool = False,
     ) -> None:
-        self.codec = load_codec(path)
+        self.source, self.whole = find_model(str(path)), whole
+        self.codec = load_codec(self.source)
         self.rvq = self.codec.rvq
         if recon not in RECON:
             raise WeftError(f"recon {recon!r} is unknown; choose {' or '.join(RECON)}")
@@ -155,7 +161,14 @@ class RvqTrainable:
         return Noise(torch.cat(gumbel, 1), jitter, cut)
 
     def save(self, folder: Path) -> None:
-        """Write `rvq/` and `statistics.json`."""
+        """Write `rvq/` and `statistics.json`; with `whole`, beside copies of the folder's other parts."""
+        if self.whole:
+            for path in (self.source / name for name in PARTS):
+                if path.is_dir():
+                    shutil.copytree(path, folder / path.name)
+                elif path.is_file():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(path, folder)
         self.codec.save(Path(folder))
 
 
