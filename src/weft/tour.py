@@ -1,8 +1,9 @@
 """The tour: what weft does, done on this machine with the tiny models, in one HTML report.
 
-Four stages, each a plain function: generate, edit, measure, teach; and refer (`weft.tour_omni`) where a model for
-reference pictures ships. A probe first times the machine, so that the tour
-takes about three minutes anywhere; on a slower machine it measures fewer pictures and trains fewer steps, and says so.
+Four stages, each a plain function: generate, edit, measure, teach; refer (`weft.tour_omni`) where a model for reference
+pictures ships, and move (`weft.tour_motion`) where one for movements does. A probe first times the machine, so that the
+tour takes about three minutes anywhere; on a slower machine it measures fewer pictures and trains fewer steps, and says
+so.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from weft.types import Draw
 
 if TYPE_CHECKING:
     from weft.evals.world import WorldReport
+    from weft.tour_motion import Moved
     from weft.world.oracle import Verdict
 
 WORK = "tour-work"  # inside the output folder; removed at the start of the next tour
@@ -75,6 +77,7 @@ class Findings:
     generated: list[tuple[Record, list[Output], Verdict]] = field(default_factory=list)
     edited: list[tuple[Record, Output, Verdict]] = field(default_factory=list)
     referred: list[tuple[Record, Output, Verdict]] = field(default_factory=list)
+    moved: list[Moved] = field(default_factory=list)
     chains: list[list[tuple[Record, Output, Verdict]]] = field(default_factory=list)
     world: WorldReport | None = None
     before: WorldReport | None = None
@@ -89,8 +92,9 @@ def run_tour(folder: Path, *, model: str = "tiny-kontext", seed: int = 0, say: S
     Raises:
         WeftError: no such model, or the disk refuses.
     """
-    from weft.cli.shipped import picture_model
-    from weft.tour_omni import STAGE, refer
+    from weft import tour_motion, tour_omni
+    from weft.api_motion import DEFAULT
+    from weft.cli.shipped import picture_model, zoo_models
     from weft.tour_page import tour_page
 
     start = time.perf_counter()
@@ -98,7 +102,11 @@ def run_tour(folder: Path, *, model: str = "tiny-kontext", seed: int = 0, say: S
     loaded = weft.load(model)
     found = Findings(probe(loaded))
     say(f"{model} loaded in {time.perf_counter() - start:.0f} s; here a picture takes {found.pace.picture:.2f} s")
-    stages = {**STAGES, STAGE: refer} if picture_model(references=True) != picture_model(references=False) else STAGES
+    stages = dict(STAGES)
+    if picture_model(references=True) != picture_model(references=False):
+        stages[tour_omni.STAGE] = tour_omni.refer
+    if DEFAULT in zoo_models():
+        stages[tour_motion.STAGE] = tour_motion.move
     for k, (name, stage) in enumerate(stages.items(), 1):
         say(f"[{k}/{len(stages)}] {name}")
         with _timed(found.seconds, name):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from weft.report import plots
 from weft.report.page import Comparison, Number, Page, environment_facts
 from weft.report.table import Table, decibel, percent, seconds
+from weft.tour_motion import moved_section
 from weft.tour_omni import referred_section
 
 if TYPE_CHECKING:
@@ -43,8 +44,11 @@ def tour_page(model: Model, found: Findings, folder: Path, seed: int) -> Page:
     _edited(page, found, folder)
     _measured(page, found)
     _taught(page, found)
-    if found.referred:
-        referred_section(page, found, 5)
+    number = 5
+    for part, show in ((found.referred, referred_section), (found.moved, moved_section)):
+        if part:
+            show(page, found, number)
+            number += 1
     _afterwards(page, found, folder)
     return page
 

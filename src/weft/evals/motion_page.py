@@ -151,7 +151,7 @@ def _examples(report: MotionReport) -> Table:
     rows = []
     for name in report.groups:
         if record := next((item for key, item in report.items.items() if group_of(key) == name), None):
-            given = ", ".join(label for label, _ in _given(record)) or "text alone"
+            given = ", ".join(label for label, _ in given_clips(record)) or "text alone"
             rows.append([title(name), given, asked(record)])
     return Table(["group", "given", "the first instruction"], rows, title="What is asked")
 
@@ -280,7 +280,7 @@ def asked(record: Record) -> str:
     return texts[0] if len(texts) == 1 else " ".join(f"{k}. {text}" for k, text in enumerate(texts, 1))
 
 
-def _given(record: Record) -> list[tuple[str, Part]]:
+def given_clips(record: Record) -> list[tuple[str, Part]]:
     """The movements that the model is given, by what they are: those of a chain's first turn, a reflection's attempt,
     references as instructions name them."""
     found: list[tuple[str, Part]] = []
@@ -306,7 +306,7 @@ def _load(report: MotionReport, key: str) -> _Shown:
     assert report.results is not None
     record, row = report.items[key], report.rows[key]
     answer = report.results.made(row)
-    given = [(name, load_part(part, record.root)) for name, part in _given(record)]
+    given = [(name, load_part(part, record.root)) for name, part in given_clips(record)]
     made, right = ([], []) if record.task == "describe" else (shown_by(record, answer), shown_by(record, truth(record)))
     several = len(right) > 1
 

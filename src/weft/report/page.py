@@ -161,7 +161,10 @@ def environment_facts(packages: Sequence[str] = ("weft", "torch", "diffusers", "
 
 
 def data_uri(image: Image.Image) -> str:
-    """The picture as an embedded PNG."""
+    """The picture as an embedded PNG; an animation that was opened from a file as that file."""
+    if getattr(image, "is_animated", False):
+        file = Path(image.filename)  # type: ignore[attr-defined]
+        return f"data:image/{str(image.format).lower()};base64," + base64.b64encode(file.read_bytes()).decode()
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=image.width * image.height <= 256 * 256)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
