@@ -65,11 +65,16 @@ def truth(batch: Sequence[tuple[Record, Image.Image]]) -> list[Score]:
 
 
 def reasons(record: Record, scene: Scene | None) -> str:
-    """What was asked for, in the world's fixed words, and what was made of the source if the made scene is known.
-    A judge that learns to say it after the grade learns where to look."""
+    """What the source shows, what was asked for, and what the made picture shows if its scene is known, in the
+    world's fixed words. A judge that learns to say it after the grade learns to see: the grade alone hardly says
+    where to look."""
     source, target, _ = scenes(record)
-    text = f" asked {_changes(source, target)}"
-    return text if scene is None else f"{text} ; made {_changes(source, scene)}"
+    said = [f"asked {_changes(source, target)}"]
+    if source is not None:
+        said.insert(0, f"before {_changes(None, source)}")
+    if scene is not None:
+        said.append(f"made {_changes(None, scene)}")
+    return " " + " ; ".join(said)
 
 
 def _changes(source: Scene | None, target: Scene) -> str:
