@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -267,8 +268,11 @@ def test_answers_of_a_real_model_do_not_depend_on_the_batch(tiny: MotionLM) -> N
 
 
 def test_evaluator_for_training_is_a_plain_function(tiny: MotionLM) -> None:
-    found = motion_world_evaluator(groups=["generate"], count=1)(tiny, 100)
-    assert set(found) == {"generate", "generate/attributes"}
+    measure = motion_world_evaluator(groups=["generate"], count=1)
+    assert set(measure(tiny, 100)) == {"generate", "generate/attributes"}
+    assert measure(SimpleNamespace(model=tiny)) == measure(tiny)  # what the training loop has
+    with pytest.raises(WeftError, match="makes no movements"):
+        measure(object())
 
 
 @pytest.fixture(autouse=True)

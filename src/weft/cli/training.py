@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -27,18 +27,20 @@ class Train:
     """Values that replace the recipe's."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FOLDER", help_behavior_hint="")] = None
     """The folder of the run; the same as run.folder=OUT."""
-    evaluate: Annotated[Literal["world"] | None, QUIET] = None
-    """Measure success on the embedded world every run.evaluate_every steps."""
+    evaluate: Annotated[Literal["world", "motion-world"] | None, QUIET] = None
+    """Measure success on the embedded world, of pictures or movements, every run.evaluate_every steps."""
 
     def run(self) -> int:
         path = find_recipe(self.recipe)
         overrides = [*self.overrides, *([f"run.folder={json.dumps(str(self.out))}"] if self.out else [])]
+        from weft.evals.motion_world import motion_world_evaluator
         from weft.evals.world import world_evaluator
         from weft.train import run
 
-        measure = world_evaluator() if self.evaluate else None
-        evaluators = {"world": lambda model, step: measure(model)} if measure else None
-        result = run(path, overrides, evaluators=evaluators)
+        evaluators: dict[str, Any] = {}
+        if self.evaluate:
+            evaluators[self.evaluate] = world_evaluator() if self.evaluate == "world" else motion_world_evaluator()
+        result = run(path, overrides, evaluators=evaluators or None)
         print(result.export or result.folder)
         return 0
 

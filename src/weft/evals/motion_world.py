@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weft.errors import WeftError
 from weft.evals import stats
 from weft.evals.benchmark import EDIT_MEAN, BaselineScorer, Benchmark, Report, by_group, inserted, mean
 from weft.evals.motion_answers import MOVEMENTS, Answer, Asking
@@ -177,10 +178,14 @@ def motion_world_evaluator(
 ) -> Callable[..., dict[str, float]]:
     """The benchmark as a plain function f(model, step) -> flat metrics, small and quick, for a training run to call.
 
-    Uses the validation split; `options` go to `evaluate_motion_world`.
+    `model` is a motion model, or what trains one and has it as its `model`. Uses the validation split; `options` go to
+    `evaluate_motion_world`. Raises `WeftError` for a model that makes no movements.
     """
 
-    def measure(model: TokenModel, step: int = 0) -> dict[str, float]:
+    def measure(model: Any, step: int = 0) -> dict[str, float]:
+        model = getattr(model, "model", model)
+        if not hasattr(model, "respond"):
+            raise WeftError(f"{type(model).__name__} makes no movements: motion-world measures motion language models")
         fixed = {"baseline_count": 0, "codec": False, **options}
         return evaluate_motion_world(model, split=split, groups=groups, count=count, **fixed).metrics()
 
