@@ -45,7 +45,7 @@ class Echo:
             if options.seconds is not None:
                 motion = motion.crop(0, int(options.seconds * 20))
             said = text_part(f"{record.instruction} {len(motion)}")
-            moved = Motion(motion.joints + seed, motion.fps)
+            moved = Motion(motion.joints + seed % 1000, motion.fps)
             answers.append([said] if record.task == "describe" else [said, motion_part(moved)])
         return answers
 

@@ -16,6 +16,7 @@ from weft.motion.features import extract, place, retarget
 from weft.motion.recover import recover
 from weft.motion.skeleton import HUMANML3D, Layout, layout_of
 
+FARTHEST = 1e6  # in the layout's unit, of a joint from the origin: float32 is down to centimetres there
 LONGEST = 5_000_000  # frames: almost three days at 20 a second; a file that asks for more is damaged
 
 
@@ -24,7 +25,8 @@ class Motion:
     """Joints [T, J, 3] float32, y up, in the unit of `layout` (metres for HumanML3D), `fps` frames a second.
 
     It can be the value of a motion part of a record (it has `load()` and `digest`). `meta` says where it came from.
-    Raises `WeftError` for another shape, no frame, NaN, or a frame rate that is not positive.
+    Raises `WeftError` for another shape, no frame, NaN, a joint beyond `FARTHEST`, or a frame rate that is not
+    positive.
     """
 
     joints: np.ndarray
@@ -46,6 +48,11 @@ class Motion:
         if not np.isfinite(self.joints).all():
             bad = np.flatnonzero(~np.isfinite(self.joints).all(axis=(1, 2)))
             raise WeftError(f"NaN or infinity in {len(bad)} of {len(self.joints)} frames, the first is {bad[0]}")
+        far = float(np.abs(self.joints).max())
+        if far > FARTHEST:
+            raise WeftError(
+                f"a joint is {far:.3g} {self.layout.unit} from the origin (the limit: {FARTHEST:g}): is the unit right?"
+            )
 
     def __len__(self) -> int:
         return len(self.joints)
@@ -70,10 +77,9 @@ class Motion:
 
         write_motion(self, path)
 
-    def features(self, **options: Any) -> np.ndarray:
-        """[T-1, 263 or 251] at the layout's frame rate; options as `weft.motion.features.extract`."""
-        clip = self.resample(self.layout.fps)
-        return np.array(extract(clip.joints, layout=self.layout, **options))
+    def features(self, *, heading: str = "humanml3d") -> np.ndarray:
+        """[T-1, 263 or 251] at the layout's frame rate; see `weft.motion.features.extract`."""
+        return extract(self.resample(self.layout.fps).joints, layout=self.layout, heading=heading)
 
     def resample(self, fps: float) -> Motion:
         """The same movement at another frame rate; see `resample`."""
@@ -91,11 +97,11 @@ class Motion:
 
     def placed(self) -> Motion:
         """On the floor, from the origin, facing +z at first."""
-        return replace(self, joints=np.asarray(place(self.joints, layout=self.layout)))
+        return replace(self, joints=place(self.joints, layout=self.layout))
 
     def retargeted(self) -> Motion:
         """On the layout's reference skeleton; see `weft.motion.features.retarget`."""
-        return replace(self, joints=np.asarray(retarget(self.joints, layout=self.layout)))
+        return replace(self, joints=retarget(self.joints, layout=self.layout))
 
 
 def from_features(
@@ -109,7 +115,7 @@ def from_features(
     if np.ndim(features) != 2:
         raise WeftError(f"features of shape {np.shape(features)}: one clip is [frames, 263] or [frames, 251]")
     layout = layout_of(np.shape(features)[-1])
-    return Motion(np.asarray(recover(features, source, lengths=lengths)), layout.fps, layout, dict(meta or {}))
+    return Motion(recover(features, source, lengths=lengths), layout.fps, layout, dict(meta or {}))
 
 
 def mirror(joints: np.ndarray, layout: Layout = HUMANML3D) -> np.ndarray:

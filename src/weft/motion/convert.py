@@ -6,16 +6,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from weft.errors import WeftError
 from weft.motion.captions import QUESTION, Captions
 from weft.motion.clip import Motion
-from weft.motion.features import extract
 from weft.motion.feet import pin_feet
-from weft.motion.files import READS, read_motion, write_motion
+from weft.motion.files import READS, check_options, read_motion, write_motion
+from weft.motion.files.arrays import write_array
 from weft.motion.recover import recover
 from weft.motion.rig import TABLES, Table
 from weft.motion.skeleton import HUMANML3D
@@ -125,13 +125,8 @@ def convert_files(
     source, out = Path(source), Path(out)
     if to not in FORMATS:
         raise WeftError(f"to: '{to}' is unknown, use one of {', '.join(FORMATS)}")
-    if exact and to not in ("bvh", "glb"):
-        raise WeftError(f"exact does nothing for {to}: leave it out")
-    if size is not None and to not in ("gif", "mp4"):
-        raise WeftError(f"size does nothing for {to}: leave it out")
-    options: dict[str, Any] = {"exact": True} if exact else {"size": size} if size is not None else {}
-    if to in ("gif", "mp4") and reading.fps is not None:
-        options["fps"] = reading.fps
+    check_options(f".{to}", exact=exact, size=size)
+    fps = reading.fps if to in ("gif", "mp4") else None
     files = motion_files(source)
     suffix = ".npy" if to == "features" else f".{to}"
     single = source.is_file()
@@ -145,25 +140,15 @@ def convert_files(
             motion = reading.read(file)
             done.note(motion, file)
             if to == "features":
-                place.parent.mkdir(parents=True, exist_ok=True)
-                features = _features(motion, heading, file)
-                write_array(features, place)
+                write_array(_features(motion, heading, file), place)
             else:
-                write_motion(motion, place, **options)
+                write_motion(motion, place, exact=exact, size=size, fps=fps)
             done.written.append(place)
         except WeftError as error:
             if single:
                 raise
             done.faults.append(_named(error, file))
     return done
-
-
-def write_array(array: np.ndarray, path: Path) -> None:
-    """One .npy, atomically."""
-    from weft.media import atomic_write
-
-    with atomic_write(path) as handle:
-        np.save(handle, array, allow_pickle=False)
 
 
 def feature_folder(
@@ -197,7 +182,7 @@ def feature_folder(
             for name, clip in ((plain, motion), (f"M{plain}", motion.mirror()))[: 2 if mirror else 1]:
                 features = _features(clip, heading, file)
                 for folder, array in (("new_joint_vecs", features), ("new_joints", recover(features))):
-                    write_array(np.asarray(array), out / folder / f"{name}.npy")
+                    write_array(array, out / folder / f"{name}.npy")
                 lines = [c.text if name == plain else mirror_text(c.text) for c in said]
                 if lines:
                     (out / "texts").mkdir(parents=True, exist_ok=True)
@@ -223,7 +208,7 @@ def _line(caption: str) -> str:
 
 def _features(motion: Motion, heading: str, file: Path) -> np.ndarray:
     try:
-        return np.asarray(extract(motion.resample(HUMANML3D.fps).joints, layout=motion.layout, heading=heading))
+        return motion.features(heading=heading)
     except WeftError as error:
         raise WeftError(f"{file}: {error}") from error
 

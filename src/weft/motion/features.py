@@ -10,7 +10,7 @@ one long contiguous row), a block of clips that fits the cache at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import TypeVar
 
 import numpy as np
 from scipy import fft
@@ -23,21 +23,17 @@ _SIGMA = 20  # frames, of the Gaussian that smooths the heading
 _REACH = 4 * _SIGMA
 _BLOCK = 2048  # frames worked on at a time: the arrays of a block stay in the second-level cache
 
-Clips = Sequence[np.ndarray]
+Clips = TypeVar("Clips", np.ndarray, list[np.ndarray])  # one clip, or several of mixed length
 
 
-@overload
-def extract(clips: np.ndarray, **options: object) -> np.ndarray: ...
-@overload
-def extract(clips: list[np.ndarray], **options: object) -> list[np.ndarray]: ...
-def extract(  # type: ignore[misc]
-    clips: np.ndarray | list[np.ndarray],
+def extract(
+    clips: Clips,
     *,
     layout: Layout = HUMANML3D,
     heading: str = "humanml3d",
     lengths: Sequence[float] | np.ndarray | str | None = None,
     contact: float | None = None,
-) -> np.ndarray | list[np.ndarray]:
+) -> Clips:
     """Features of joint positions: [T, J, 3] -> [T-1, 263 or 251] float32; a list of clips gives a list.
 
     Units are the layout's (metres and 20 fps for HumanML3D, whatever the clip was recorded at: resample before).
@@ -48,9 +44,7 @@ def extract(  # type: ignore[misc]
     """
     if heading not in HEADINGS:
         raise WeftError(f"heading: '{heading}' is unknown, use one of {', '.join(HEADINGS)}")
-    many = list(clips) if isinstance(clips, list | tuple) else [clips]
-    for k, clip in enumerate(many):
-        _check_clip(clip, layout, f"clip {k}: " if isinstance(clips, list | tuple) else "")
+    many = _checked(clips, layout, least=2)
     target = None if isinstance(lengths, str) else layout.bone_lengths(lengths)
     if isinstance(lengths, str) and lengths != "own":
         raise WeftError(f"lengths: '{lengths}' is unknown, use 'own' or {len(layout.joints) - 1} numbers")
@@ -69,45 +63,49 @@ def extract(  # type: ignore[misc]
             views.append(out[start : start + len(clip) - 1])  # the last row of a clip has no next frame
             start += len(clip)
         k += len(block)
-    return views if isinstance(clips, list | tuple) else views[0]
+    return _like(clips, views)
 
 
-def retarget(
-    clips: np.ndarray | list[np.ndarray],
-    *,
-    layout: Layout = HUMANML3D,
-    lengths: Sequence[float] | np.ndarray | None = None,
-) -> np.ndarray | list[np.ndarray]:
+def retarget(clips: Clips, *, layout: Layout = HUMANML3D, lengths: Sequence[float] | np.ndarray | None = None) -> Clips:
     """The same bone directions on a skeleton with `lengths`, the root path scaled by the ratio of leg lengths.
 
     This is the dataset's uniform_skeleton: its inverse and forward kinematics share every rotation, so they reduce
     to directions times lengths. [T, J, 3] -> [T, J, 3] float32. Raises `WeftError` as `extract`.
     """
-    many = list(clips) if isinstance(clips, list | tuple) else [clips]
     target = layout.bone_lengths(lengths)
     done = []
-    for k, clip in enumerate(many):
-        _check_clip(clip, layout, f"clip {k}: " if isinstance(clips, list | tuple) else "", least=1)
-        points = _components(np.asarray(clip))
+    for k, clip in enumerate(_checked(clips, layout)):
+        points = _components(clip)
         directions, own = _directions(points, layout, np.array([0]), k)
         _retarget(points, directions, own[:, 0], np.array([len(clip)]), layout, target)
         done.append(np.ascontiguousarray(points.transpose(2, 1, 0)))
-    return done if isinstance(clips, list | tuple) else done[0]
+    return _like(clips, done)
 
 
-def place(clips: np.ndarray | list[np.ndarray], *, layout: Layout = HUMANML3D) -> np.ndarray | list[np.ndarray]:
+def place(clips: Clips, *, layout: Layout = HUMANML3D) -> Clips:
     """Lowest point of the clip on the floor, first root above the origin, first pose facing +z: [T, J, 3] float32."""
-    many = list(clips) if isinstance(clips, list | tuple) else [clips]
     done = []
-    for k, clip in enumerate(many):
-        _check_clip(clip, layout, f"clip {k}: " if isinstance(clips, list | tuple) else "", least=1)
-        points = _components(np.asarray(clip))
+    for clip in _checked(clips, layout):
+        points = _components(clip)
         _place(points, None, np.array([0]), np.array([len(clip)]), layout)
         done.append(np.ascontiguousarray(points.transpose(2, 1, 0)))
+    return _like(clips, done)
+
+
+def _checked(clips: Clips, layout: Layout, least: int = 1) -> list[np.ndarray]:
+    if not isinstance(clips, list | tuple):
+        _check_clip(clips, layout, "", least)
+        return [clips]
+    for k, clip in enumerate(clips):
+        _check_clip(clip, layout, f"clip {k}: ", least)
+    return list(clips)
+
+
+def _like(clips: Clips, done: list[np.ndarray]) -> Clips:
     return done if isinstance(clips, list | tuple) else done[0]
 
 
-def _check_clip(clip: np.ndarray, layout: Layout, name: str, least: int = 2) -> None:
+def _check_clip(clip: np.ndarray, layout: Layout, name: str, least: int) -> None:
     joints = len(layout.joints)
     if getattr(clip, "ndim", 0) != 3 or clip.shape[1:] != (joints, 3):
         shape = getattr(clip, "shape", type(clip).__name__)

@@ -10,17 +10,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from weft.errors import WeftError
+from weft.motion.features import Clips
 from weft.motion.skeleton import Layout, layout_of
 
 SOURCES = ("positions", "rotations")
 
 
 def recover(
-    features: np.ndarray | list[np.ndarray],
-    source: str = "positions",
-    *,
-    lengths: Sequence[float] | np.ndarray | None = None,
-) -> np.ndarray | list[np.ndarray]:
+    features: Clips, source: str = "positions", *, lengths: Sequence[float] | np.ndarray | None = None
+) -> Clips:
     """Joints of features: [..., T, 263 or 251] -> [..., T, J, 3] float32; a list of clips gives a list.
 
     `source="positions"` uses the stored local joint positions (bones may change length in generated motion),

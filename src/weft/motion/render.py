@@ -66,26 +66,13 @@ def render_frames(
     fps: float | None = None,
     frames: Sequence[int] | None = None,
     follow: bool | None = None,
-) -> list[Image.Image]:
-    """RGB pictures of a clip, or of several in one scene (the shorter ones stay at their end).
+) -> Iterator[Image.Image]:
+    """RGB pictures of a clip, or of several in one scene (the shorter ones stay at their end), drawn one by one.
 
     `size` is the edge or (height, width) in pixels; `fps` resamples; `frames` picks single ones. Drawn at twice the
     size and scaled down. The camera stands still and sees the whole clip, or with `follow` goes along with the first
     clip's root (None: if that strays over a metre). Raises `WeftError` for no clip, or a size below 16 or above 2048.
     """
-    return list(iter_frames(motion, size=size, camera=camera, fps=fps, frames=frames, follow=follow))
-
-
-def iter_frames(
-    motion: Motion | Sequence[Motion],
-    *,
-    size: int | tuple[int, int] = 256,
-    camera: Camera | None = None,
-    fps: float | None = None,
-    frames: Sequence[int] | None = None,
-    follow: bool | None = None,
-) -> Iterator[Image.Image]:
-    """`render_frames` one by one, for clips whose pictures would not fit into memory."""
     clips = [motion] if isinstance(motion, Motion) else list(motion)
     if not clips:
         raise WeftError("nothing to draw: give a clip")

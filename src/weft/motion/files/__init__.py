@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 READS = (".bvh", ".amc", ".npz", ".npy", ".glb")
 WRITES = (".bvh", ".glb", ".npz", ".npy", ".gif", ".mp4")
+DEFAULT_SIZE = {".gif": 256, ".mp4": 384}  # pixels
 
 
 def read_motion(
@@ -58,38 +59,60 @@ def read_motion(
         raise WeftError(f"{path}: {error}") from error
 
 
-def write_motion(motion: Motion, path: str | Path, *, metadata: dict[str, Any] | None = None, **options: Any) -> None:
-    """Writes .bvh, .glb, .npz, .npy, .gif or .mp4 by the suffix; options are those of the format's own writer.
+def write_motion(
+    motion: Motion,
+    path: str | Path,
+    *,
+    metadata: dict[str, Any] | None = None,
+    exact: bool = False,
+    size: int | tuple[int, int] | None = None,
+    fps: float | None = None,
+) -> None:
+    """Writes .bvh, .glb, .npz, .npy, .gif or .mp4 by the suffix; the writers of a format have more options.
 
-    `metadata` (JSON) goes into the file; BVH and npy have no place for it, so it goes beside them as NAME.json.
+    `exact` gives BVH and GLB translations for bones that change length; `size` (pixels, an edge or (height, width))
+    and `fps` are those of pictures. `metadata` (JSON) goes into the file; BVH and npy have no place for it, so it goes
+    beside them as NAME.json. Raises `WeftError` for another suffix, or an option that does nothing for it.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in WRITES:
         raise WeftError(f"{path}: cannot write the suffix '{Path(path).suffix}', use one of {', '.join(WRITES)}")
+    check_options(suffix, exact=exact, size=size, fps=fps)
     if suffix == ".bvh":
         from weft.motion.files.bvh import write_bvh
 
-        write_bvh(motion, path, **options)
+        write_bvh(motion, path, exact=exact)
     elif suffix == ".glb":
         from weft.motion.files.glb import write_glb
 
-        write_glb(motion, path, metadata=metadata, **options)
+        write_glb(motion, path, exact=exact, metadata=metadata)
     elif suffix in (".npy", ".npz"):
         from weft.motion.files import arrays
 
         if suffix == ".npy":
-            arrays.write_npy(motion, path, **options)
+            arrays.write_npy(motion, path)
         else:
-            arrays.write_npz(motion, path, metadata=metadata, **options)
+            arrays.write_npz(motion, path, metadata=metadata)
     else:
-        from weft.motion.files import video
+        from weft.motion.files.video import write_gif, write_mp4
 
-        (video.write_gif if suffix == ".gif" else video.write_mp4)(motion, path, metadata=metadata, **options)
+        write = write_gif if suffix == ".gif" else write_mp4
+        write(motion, path, size=size or DEFAULT_SIZE[suffix], fps=fps or 20.0, metadata=metadata)
     if metadata and suffix in (".bvh", ".npy"):
         from weft.media import atomic_write
 
         with atomic_write(Path(path).with_suffix(".json")) as handle:
             handle.write(json.dumps(metadata, indent=1).encode() + b"\n")
+
+
+def check_options(
+    to: str, *, exact: bool = False, size: int | tuple[int, int] | None = None, fps: float | None = None
+) -> None:
+    """Raise `WeftError` for an option of `write_motion` that does nothing for the format `to` (a suffix)."""
+    given = {"exact": exact, "size": size is not None, "fps": fps is not None}
+    for name, is_given in given.items():
+        if is_given and to not in ((".bvh", ".glb") if name == "exact" else (".gif", ".mp4")):
+            raise WeftError(f"{name} does nothing for {to.removeprefix('.')}: leave it out")
 
 
 def load_part(part: Part, root: Path | None = None, *, fps: float | None = 20.0) -> Motion:

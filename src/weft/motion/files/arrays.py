@@ -58,11 +58,13 @@ def read_npy(path: str | Path, *, fps: float | None = None) -> Motion:
         raise WeftError(f"{path}: {error}") from error
 
 
-def write_npy(motion: Motion, path: str | Path, *, what: str = "joints") -> None:
-    """`what="joints"` writes [T, J, 3], "features" [T-1, 263 or 251] at the layout's frame rate."""
-    if what not in ("joints", "features"):
-        raise WeftError(f"what: '{what}' is unknown, use joints or features")
-    array = motion.joints if what == "joints" else motion.features()
+def write_npy(motion: Motion, path: str | Path) -> None:
+    """Joints [T, J, 3]."""
+    write_array(motion.joints, path)
+
+
+def write_array(array: np.ndarray, path: str | Path) -> None:
+    """One .npy, atomically."""
     with atomic_write(path) as handle:
         np.save(handle, array, allow_pickle=False)
 

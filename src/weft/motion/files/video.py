@@ -14,7 +14,7 @@ import numpy as np
 from weft.errors import WeftError
 from weft.media import atomic_write
 from weft.motion.clip import Motion
-from weft.motion.render import Camera, iter_frames, render_frames
+from weft.motion.render import Camera, render_frames
 
 
 def write_gif(
@@ -39,7 +39,7 @@ def write_gif(
     look = render_frames(clips, size=size, camera=camera, fps=fps, follow=follow, frames=few)
     sheet = Image.fromarray(np.concatenate([np.asarray(f) for f in look]))
     palette = sheet.quantize(192, method=Image.Quantize.MEDIANCUT)
-    frames = iter_frames(clips, size=size, camera=camera, fps=fps, follow=follow)
+    frames = render_frames(clips, size=size, camera=camera, fps=fps, follow=follow)
     reduced = (f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames)
     with atomic_write(path) as handle:
         next(reduced).save(
@@ -69,7 +69,7 @@ def write_mp4(
     height, width = (size, size) if isinstance(size, int) else size
     if height % 2 or width % 2:
         raise WeftError(f"size {height}x{width}: H.264 needs even numbers")
-    frames = iter_frames(motion, size=size, camera=camera, fps=fps, follow=follow)
+    frames = render_frames(motion, size=size, camera=camera, fps=fps, follow=follow)
     with tempfile.TemporaryDirectory() as folder:
         made = os.path.join(folder, "clip.mp4")
         facts = ["-metadata", f"comment={json.dumps(metadata)}"] if metadata else []
