@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from weft.evals import benchmark
 from weft.evals.benchmark import EDIT_MEAN, group_of, points
 from weft.evals.motion_answers import requests
@@ -68,6 +70,7 @@ def table(report: MotionReport, brief: bool = False) -> Table:
         "changed %": lambda group: _percent(group.changed),
         "kept %": lambda group: _percent(group.kept),
         "words %": lambda group: _percent(group.words),
+        "unclear %": lambda group: _percent(group.unclear),
         "away cm": lambda group: None if group.collateral is None else f"{100 * group.collateral:.1f}",
         **{f"{kind} %": partial(_baseline, kind) for kind in ("codec", "copy", "chance")},
     }
@@ -234,6 +237,7 @@ def _note(report: MotionReport) -> str:
     return (
         "attributes: the share of action, side, direction, path, style and speed that is right. success: all of them. "
         "changed, kept: edits in which all that was named came, all the rest stayed. words: right plans, judgements. "
+        "unclear: movements near to nothing that the oracle knows, so that no attribute counts as right. "
         f"away: mean distance of the joints from the exact target. {judged}A dash: not defined or not measured."
     )
 
@@ -346,7 +350,8 @@ def _card(one: _Shown) -> Comparison:
         detail.append(f"a right caption: “{right}”")
     detail.append("seen: " + ", ".join(f"{name} {value}" for name, value in turns[-1]["seen"].items()))
     clips = [*one.given, *(clip for pair in zip(one.made, one.right, strict=False) for clip in pair)]
-    pictures = [(name, contact_strip(clip, count=5, size=96).quantize(64)) for name, clip in clips]
+    few = Image.Quantize.FASTOCTREE  # a quarter of the bytes; median cut would lose the figure's colours to the floor's
+    pictures = [(name, contact_strip(clip, count=5, size=96).quantize(128, few)) for name, clip in clips]
     return Comparison(asked(one.record), pictures, one.row["score"]["success"], checks, "; ".join(detail), strips=True)
 
 

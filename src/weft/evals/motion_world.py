@@ -54,11 +54,12 @@ class Rates:
 class MotionScore:
     """One group's results; rates are fractions.
 
-    `attributes`: how often each kind of attribute is right, where it is asked for. `changed` and `kept`, of edits: all
-    that the edit names came, all the rest stayed. `words`: the plan in words says what is implied (knowledge), or the
-    judgement is right (reflect). `collateral`: metres from the exact target (how else it is done). `kinds` and `turns`
-    split the group. `baselines` and `codec` (the target after the model's quantiser) are of its first `baseline_count`
-    records, `codec_error` the mean joint distance there, roots aligned, `codec_drift` with the paths, metres.
+    `attributes`: how often each kind of attribute is right, where it is asked for. `unclear`: how often a movement is
+    near to nothing that the oracle knows, which leaves none right. `changed` and `kept`, of edits: all that the edit
+    names came, all the rest stayed. `words`: the plan in words says what is implied (knowledge), or the judgement is
+    right (reflect). `collateral`: metres from the exact target (how else it is done). `kinds` and `turns` split the
+    group. `baselines` and `codec` (the target after the model's quantiser) are of its first `baseline_count` records,
+    `codec_error` the mean joint distance there, roots aligned, `codec_drift` with the paths, metres.
     `physics`: `weft.motion.physics.measure` of the answers (`result`), of the targets (`truth`) and of the codec's.
     """
 
@@ -68,6 +69,7 @@ class MotionScore:
     accuracy: Interval
     wilson: Interval | None = None
     attributes: dict[str, Interval] = field(default_factory=dict)
+    unclear: float | None = None
     changed: float | None = None
     kept: float | None = None
     words: float | None = None
@@ -300,6 +302,7 @@ def _group(name: str, rows: Sequence[Row], items: Mapping[str, Record]) -> Motio
         accuracy=stats.bootstrap(_values(rows, "share")),
         wilson=stats.wilson(round(sum(success)), len(success)),
         attributes=_attributes(scores),
+        unclear=mean([turn["seen"]["clear"] == "no" for turn in turns if "clear" in turn["seen"]]),
         changed=mean([turn["changed"] for turn in turns]),
         kept=mean([turn["kept"] for turn in turns]),
         words=mean([score["words"] for score in scores]),

@@ -59,7 +59,7 @@ def stored(folder: Path, wanted: Wanted) -> list[Record]:
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / key / "records.jsonl"
     if not path.is_file():
-        data = world_records(wanted.split, wanted.count, wanted.data_seed, tasks=["edit"], kinds=wanted.kinds)
+        data = world_records(wanted.split, wanted.count, seed=wanted.data_seed, tasks=["edit"], kinds=wanted.kinds)
         write_records(path, samples(model, wanted.model, data, [wanted.steps], range(wanted.seeds)))
     return list(read_records(path))
 
@@ -91,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 name, _, folder = model.rpartition("=")
                 flow = load(folder, dtype=torch.bfloat16 if options.dtype == "bf16" else torch.float32)
                 data = world_records(
-                    options.split, options.count, options.seed, options.start, options.tasks, options.kinds,
-                    phrasing=options.phrasing,
+                    options.split, options.count, seed=options.seed, start=options.start, tasks=options.tasks,
+                    kinds=options.kinds, phrasing=options.phrasing,
                 )  # fmt: skip
                 for record in samples(flow, name or Path(folder).name, data, options.steps, options.seeds):
                     yield record
