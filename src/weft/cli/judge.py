@@ -66,7 +66,7 @@ class EvalJudge:
                     wanted = Wanted(folder, label, steps, self.seeds, self.count, self.split, self.data_seed, kind)
                     groups[f"{label}, {steps} steps{suffix}"] = stored(out / "samples", wanted)
         groups["drawn attempts"] = graded_records(self.split, 4 * self.count, self.data_seed)[:]
-        attacked = world_records(self.split, self.attacks, self.data_seed, 500_000, ["edit"])[:] if self.attacks else []
+        attacked = world_records(self.split, self.attacks, seed=self.data_seed, start=500_000, tasks=["edit"])[:]
         identity = getattr(scorer, "identity", {})
         settings = {
             "models": list(self.models), "steps": list(self.steps), "requests": self.count, "seeds": self.seeds,

@@ -314,7 +314,7 @@ def records(
     for name in weights or {}:
         if name not in MAKERS:
             raise WeftError(f"graded: unknown maker {name!r}; known: {', '.join(MAKERS)}")
-    world = world_records(split, count, seed, start, tasks, kinds, phrasing=phrasing)
+    world = world_records(split, count, seed=seed, start=start, tasks=tasks, kinds=kinds, phrasing=phrasing)
     return Graded(world, tuple((weights or WEIGHTS).items()), seed, wear)
 
 

@@ -25,14 +25,26 @@ def split_of(scene: Digested) -> str:
     return "train" if bucket < 90 else "val" if bucket < 95 else "test"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Endless(Sequence[Record]):
-    """`length` records from `start` on; record i is a function of (seed, split, i) and made when it is asked for."""
+    """`length` records from `start` on; record i is a function of (seed, split, i) and made when it is asked for.
 
-    split: str = "train"
-    length: int = 1000
-    seed: int = 0
-    start: int = 0
+    `phrasing`: "seen", "unseen" or "mixed". `combo`: "seen" (no held-out pair of attributes), "held_out" (one in the
+    target) or "any". Raises `WeftError` for an unknown one of these, or an unknown split.
+    """
+
+    split: str
+    length: int
+    seed: int
+    start: int
+    phrasing: str
+    combo: str
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise WeftError(f"world: unknown split {self.split!r}; known: {', '.join(SPLITS)}")
+        if self.phrasing not in ("seen", "unseen", "mixed") or self.combo not in ("seen", "held_out", "any"):
+            raise WeftError("world: phrasing is seen, unseen or mixed; combo is seen, held_out or any")
 
     def __len__(self) -> int:
         return self.length
@@ -61,11 +73,3 @@ def named_weights(
         if name not in known:
             raise WeftError(f"world: unknown {what} {name!r}; known: {', '.join(known)}")
     return tuple(items.items())
-
-
-def check_choice(split: str, phrasing: str, combo: str) -> None:
-    """Raises `WeftError` for an unknown split, phrasing or combo."""
-    if split not in SPLITS:
-        raise WeftError(f"world: unknown split {split!r}; known: {', '.join(SPLITS)}")
-    if phrasing not in ("seen", "unseen", "mixed") or combo not in ("seen", "held_out", "any"):
-        raise WeftError("world: phrasing is seen, unseen or mixed; combo is seen, held_out or any")

@@ -24,21 +24,23 @@ SIGNALS = {
     "left toe up": 0.06, "right toe up": 0.06, "left toe ahead": 0.12, "right toe ahead": 0.12,
     "hands apart": 0.12, "aside": 0.08,
 }  # fmt: skip
-SWINGS = {  # signals whose swings are counted, with the smallest swing
-    "left hand out": 0.09, "right hand out": 0.09, "left hand ahead": 0.12, "right hand ahead": 0.12,
-    "hands apart": 0.14, "pelvis": 0.06, "left toe up": 0.045, "right toe up": 0.045, "aside": 0.08,
+SWINGS = {  # signals whose swings are counted, with the size at which a swing counts half
+    "left hand out": 0.06, "right hand out": 0.06, "left hand ahead": 0.09, "right hand ahead": 0.09,
+    "hands apart": 0.08, "pelvis": 0.06, "left toe up": 0.045, "right toe up": 0.045, "aside": 0.08,
 }  # fmt: skip
 TEMPO = ("left hand out", "left hand up", "left hand ahead", "right hand out", "right hand up", "right hand ahead",
          "pitch", "pelvis", "left toe ahead", "right toe ahead", "left toe up", "right toe up", "hands apart", "turn",
          "aside")  # fmt: skip
+STEADY = 0.1  # of a logarithm of tempo: a spread at which it tells half
 _FLOORS = {"pitch": 0.3, "turn": 0.6}  # the least range at which a signal tells about tempo, by default 0.12
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """`look` [D] are the numbers that tell acts and styles apart. `tempo` [K] is how fast each signal of TEMPO moves
-    (top speed over range) and how often each of SWINGS swings, as logarithms; `weight` [K] how much it tells: 0 for a
-    signal that hardly moves or swings less than three times."""
+    """`look` [D] are the numbers that tell acts and styles apart. `tempo` [K] are how fast each signal of TEMPO moves
+    (top speed over range), how soon it comes back to the middle of its range, and how often each of SWINGS swings, as
+    logarithms; `weight` [K] how much it tells: 0 for a signal that hardly moves, does not come back or swings less
+    than three times."""
 
     look: np.ndarray
     tempo: np.ndarray
@@ -46,10 +48,15 @@ class Measured:
 
 
 def mean(measured: list[Measured]) -> Measured:
-    """The mean of several measurements; tempo counts by its weight."""
+    """The mean of several measurements that show the same; tempo counts by its weight, and what of it differs between
+    them tells less."""
     weight = np.stack([m.weight for m in measured])
-    tempo = (weight * [m.tempo for m in measured]).sum(axis=0) / np.maximum(weight.sum(axis=0), 1e-9)
-    return Measured(np.mean([m.look for m in measured], axis=0), tempo, weight.mean(axis=0))
+    tempos = np.stack([m.tempo for m in measured])
+    total = np.maximum(weight.sum(axis=0), 1e-9)
+    tempo = (weight * tempos).sum(axis=0) / total
+    spread = (weight * (tempos - tempo) ** 2).sum(axis=0) / total
+    told = weight.mean(axis=0) / (1 + spread / STEADY**2)
+    return Measured(np.mean([m.look for m in measured], axis=0), tempo, told)
 
 
 def smoothed(joints: np.ndarray) -> np.ndarray:
@@ -97,7 +104,8 @@ def signals(joints: np.ndarray) -> dict[str, np.ndarray]:
     found["turn"] = yaw - yaw[:3].mean()
     middle = gaussian_filter1d(joints[:, 0][:, [0, 2]], 2.0, axis=0, mode="nearest")
     step = np.diff(middle, axis=0, prepend=middle[:1])
-    found["aside"] = np.cumsum(step[:, 0] * cos[:, 0] - step[:, 1] * sin[:, 0])
+    aside = np.cumsum(step[:, 0] * cos[:, 0] - step[:, 1] * sin[:, 0])
+    found["aside"] = aside - np.linspace(0, aside[-1], len(aside))  # whoever goes in circles drifts outwards
     return found
 
 
@@ -105,48 +113,88 @@ def measure(joints: np.ndarray) -> Measured:
     """Measures joints [T, 22, 3] at 20 fps, smoothed already."""
     s = signals(joints)
     rows = np.stack([s[n] for n in SIGNALS])
-    low, middle, high = np.quantile(rows, (0.04, 0.5, 0.96), axis=1)
-    peaks = [find_peaks(s[n], prominence=least)[0] for n, least in SWINGS.items()]
-    counts = [len(p) for p in peaks]
+    low, middle, high = _quantiles(rows, (0.04, 0.5, 0.96))
+    swings = [_swings(s[n], size) for n, size in SWINGS.items()]
+    counts = [count for count, _ in swings]
     lowest = np.minimum(s["left toe up"], s["right toe up"])
     air = np.sort(lowest)[-max(len(lowest) // 25, 2) :].mean()
     steps = counts[list(SWINGS).index("left toe up")] + counts[list(SWINGS).index("right toe up")]
     path = _path(joints, s["turn"], steps)
     look = np.concatenate([low, middle, high, np.log1p(counts), [air], path])
     moved = np.stack([s[n] for n in TEMPO])
-    extent = np.quantile(moved, 0.98, axis=1) - np.quantile(moved, 0.02, axis=1)
-    speed = np.quantile(np.abs(np.diff(moved, axis=1)), 0.95, axis=1) * FPS
+    least, most = _quantiles(moved, (0.02, 0.98))
+    extent = most - least
+    speed = _quantiles(np.abs(np.diff(moved, axis=1)), (0.95,))[0] * FPS
     floors = np.array([_FLOORS.get(n, 0.12) for n in TEMPO])
     weight = np.minimum(extent / floors, 3.0) * (extent > floors)
-    rate = [np.log((len(p) - 1) / (p[-1] - p[0]) * FPS) if len(p) > 2 else 0.0 for p in peaks]
-    often = [4.0 * (c > 2) for c in counts]
     tempo = np.log(np.maximum(speed, 1e-3) / np.maximum(extent, 1e-3))
-    return Measured(look, np.concatenate([tempo, rate]), np.concatenate([weight, often]))
+    gaps = np.array([_gap(row) for row in (moved - ((least + most) / 2)[:, None]) / np.maximum(extent, 1e-6)[:, None]])
+    soon = np.where(gaps > 0, -np.log(np.maximum(gaps, 1e-3)), 0.0)
+    back = weight * (gaps > 0)
+    rates = np.array([rate for _, rate in swings])
+    often = np.where(rates > 0, np.log(np.maximum(rates, 1e-3)), 0.0)
+    tempo = np.concatenate([tempo, soon, often])
+    regular = 4.0 * np.clip((np.array(counts) - 1) / 1.5, 0, 1) * (rates > 0)
+    return Measured(look, tempo, np.concatenate([weight, back, regular]))
+
+
+def _swings(signal: np.ndarray, size: float) -> tuple[float, float]:
+    """How many peaks stand out by `size` (fading in around it, so that a little noise changes little), and how many a
+    second there are: 0 for less than three."""
+    peaks, facts = find_peaks(signal, prominence=0.7 * size)
+    count = float(np.clip((facts["prominences"] / size - 0.7) / 0.6, 0, 1).sum())
+    if len(peaks) < 3:
+        return count, 0.0
+    gaps = np.diff(peaks)
+    usual = gaps[gaps < 1.6 * np.median(gaps)]  # a peak that was missed makes a long one
+    return count, FPS / usual.mean()
+
+
+def _gap(share: np.ndarray) -> float:
+    """Mean seconds between two crossings of the middle of a signal's range, given as shares of it from -.5 to .5; 0 for
+    less than two. A low-pass moves them hardly, while it lowers the top speed."""
+    clear = np.flatnonzero(np.abs(share) > 0.15)
+    over = share[clear] > 0
+    turns = np.flatnonzero(over[1:] != over[:-1])
+    if len(turns) < 2:
+        return 0.0
+    before, after = clear[turns[[0, -1]]], clear[turns[[0, -1]] + 1]
+    first, last = before + share[before] / (share[before] - share[after]) * (after - before)
+    return float((last - first) / (len(turns) - 1) / FPS)
+
+
+def _quantiles(rows: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
+    """Those of each row, [shares, rows]: as numpy's, several times faster on short rows."""
+    at = np.array(shares) * (rows.shape[1] - 1)
+    low = at.astype(int)
+    high = np.minimum(low + 1, rows.shape[1] - 1)
+    ranked = np.sort(rows, axis=1)
+    return (ranked[:, low] + (at - low) * (ranked[:, high] - ranked[:, low])).T
 
 
 PATH = {"length": 0.15, "ahead": 0.15, "left": 0.15, "turn": 0.25, "wander": 0.3, "facing": 0.4, "step": 0.12}
 
 
-def _path(joints: np.ndarray, turn: np.ndarray, steps: int) -> list[float]:
-    """Length and net displacement (saturating beyond two metres), net and superfluous turn in quarter turns, whether
-    the body faces where it goes, and the length of a step (fading where there is hardly a path)."""
+def _path(joints: np.ndarray, turn: np.ndarray, steps: float) -> list[float]:
+    """Length of the path and how far it goes ahead and to the left of the body (saturating beyond two metres), net
+    turn (in quarter turns, compressed) and superfluous turn, whether the body faces where it goes, and the length of a
+    step (fading where there is hardly a path). Ways add up in the body's own frame: one wrong turn does not change
+    what comes after it."""
     middle = gaussian_filter1d(joints[:, 0][:, [0, 2]], 3.0, axis=0, mode="nearest")
     step = np.diff(middle, axis=0)
     length = np.linalg.norm(step, axis=1)
     total = length.sum()
-    first = np.arctan2(np.sin(heading(joints)[:3]).mean(), np.cos(heading(joints)[:3]).mean())
-    net = middle[-1] - middle[0]
-    ahead = net[0] * np.sin(first) + net[1] * np.cos(first)
-    left = net[0] * np.cos(first) - net[1] * np.sin(first)
     yaw = gaussian_filter1d(turn, 2.0, mode="nearest")
     quarter = yaw / (np.pi / 2)
-    going = (step * np.stack([np.sin(turn + first), np.cos(turn + first)], axis=-1)[1:]).sum(axis=1)
-    forth = np.tanh(4 * going.sum() / max(total, 0.3))
+    facing = heading(joints)[1:]
+    ahead = float((step[:, 0] * np.sin(facing) + step[:, 1] * np.cos(facing)).sum())
+    left = float((step[:, 0] * np.cos(facing) - step[:, 1] * np.sin(facing)).sum())
+    forth = np.tanh(4 * ahead / max(total, 0.3))
     wander = np.abs(np.diff(quarter)).sum() - abs(quarter[-1] - quarter[0])
     sat = [float(2 * np.tanh(v / 2)) for v in (total, ahead, left)]
     return [
         *sat,
-        float(quarter[-1]),
+        float(np.arcsinh(quarter[-1])),
         float(min(wander, 3.0)),
         float(forth),
         float(min(total, 1.0) * min(total / max(steps, 1), 1.5)),

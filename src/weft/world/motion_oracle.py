@@ -7,7 +7,7 @@ must be nearest to what was asked, and near enough. Timing, stride, height and n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -26,6 +26,7 @@ from weft.world.motion_scripts import EVERY_ACT, JITTERS, SPEEDS, STYLES, Act, S
 NOTHING = Act("stand")  # what a clip shows in which nothing happens
 # Several ways of doing the same, whose mean a clip is compared with.
 _JITTERS = ((0,) * JITTERS, (2, 2, 2, 2, 2, 1), (-2, -2, -2, -2, -2, 0))
+NEAREST = 5  # acts or styles that are looked at more closely
 UNCLEAR = 0.95  # root mean square of tolerances: farther from every script, it is none of them
 BETTER = 0.85  # two different acts are seen where they explain a clip this much better than one
 MATCH = 0.1  # metres: how far start and end may be from what was given
@@ -85,22 +86,35 @@ def _standing(script: Script) -> np.ndarray:
     return np.tile(joints[:2], (30, 1, 1))
 
 
-def _distances(look: np.ndarray, options: Iterable[Measured]) -> np.ndarray:
-    """Root mean square of the differences, in tolerances, each capped."""
-    off = np.abs(np.stack([o.look for o in options]) - look) / TOLERANCE
-    return np.sqrt((np.minimum(off, MOST) ** 2).mean(axis=1))
+def _distances(measured: Measured, options: Sequence[tuple[Act, str]], brief: bool) -> np.ndarray:
+    """How far a clip is from acts in styles: root mean square of the differences, in tolerances, each capped.
+
+    Slow and fast acts look different, too (fewer repeats, smaller swings), so the nearest ones are compared at every
+    speed that they are done at.
+    """
+
+    def far(known: list[Measured]) -> np.ndarray:
+        off = np.abs(np.stack([k.look for k in known]) - measured.look) / TOLERANCE
+        return np.sqrt((np.minimum(off, MOST) ** 2).mean(axis=1))
+
+    found = far([_prototype(act, style, SPEEDS[0], brief) for act, style in options])
+    for k in np.argsort(found, kind="stable")[:NEAREST]:
+        act, style = options[k]
+        if not brief and act != NOTHING and paced((act,)):
+            found[k] = min(found[k], far([_prototype(act, style, speed, brief) for speed in SPEEDS[1:]]).min())
+    return found
 
 
 def _act_of(measured: Measured, style: str, brief: bool) -> tuple[Act, float]:
     options = (*EVERY_ACT, NOTHING)
-    far = _distances(measured.look, [_prototype(a, style, SPEEDS[0], brief) for a in options])
+    far = _distances(measured, [(act, style) for act in options], brief)
     return options[int(far.argmin())], float(far.min())
 
 
 def _style_of(parts: list[Measured], acts: list[Act], brief: bool) -> tuple[str, float]:
     far = np.zeros(len(STYLES))
     for measured, act in zip(parts, acts, strict=True):
-        far += _distances(measured.look, [_prototype(act, s, SPEEDS[0], brief) for s in STYLES])
+        far += _distances(measured, [(act, style) for style in STYLES], brief)
     return STYLES[int(far.argmin())], float(far.min() / len(parts))
 
 

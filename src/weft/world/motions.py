@@ -15,7 +15,7 @@ import numpy as np
 from weft.errors import WeftError
 from weft.record import Record
 from weft.rng import numpy_rng
-from weft.world.endless import Endless, check_choice, named_weights
+from weft.world.endless import Endless, named_weights
 from weft.world.motion_edits import HELD_OUT_KIND
 from weft.world.motion_phrases import MotionSpeaker
 from weft.world.motion_scripts import Script
@@ -25,14 +25,12 @@ from weft.world.scene import pick
 ALL_KINDS = tuple(dict.fromkeys(k for kinds, _ in TASKS.values() for k in kinds))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MotionWorld(Endless):
     """A lazy sequence of records; see `records`."""
 
-    tasks: tuple[tuple[str, float], ...] = (("generate", 1.0), ("edit", 1.0))
-    kinds: tuple[tuple[str, float], ...] = ()
-    phrasing: str = "seen"
-    combo: str = "seen"
+    tasks: tuple[tuple[str, float], ...]
+    kinds: tuple[tuple[str, float], ...]
 
     def _make(self, index: int) -> Record:
         rng = numpy_rng(self.seed, f"motions/{self.split}/{self.phrasing}/{self.combo}", index)
@@ -87,6 +85,7 @@ class MotionWorld(Endless):
 def records(
     split: str = "train",
     count: int = 1000,
+    *,
     seed: int = 0,
     start: int = 0,
     tasks: dict[str, float] | Sequence[str] = ("generate", "edit"),
@@ -123,7 +122,6 @@ def records(
     the target shows: acts, style, speed), `phrasing`, `combo`, and `motion` with the scripts of source and target
     and the plan. Raises `WeftError` for unknown names.
     """
-    check_choice(split, phrasing, combo)
     return MotionWorld(
         split=split,
         length=count,

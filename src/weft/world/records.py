@@ -19,7 +19,7 @@ from weft.errors import WeftError
 from weft.record import Part, Record, Turn, image_part, text_part
 from weft.rng import numpy_rng
 from weft.world.edits import HELD_OUT_KIND, KINDS, Op, apply, propose
-from weft.world.endless import Endless, check_choice, named_weights, split_of
+from weft.world.endless import Endless, named_weights, split_of
 from weft.world.phrases import Speaker
 from weft.world.references import CONCEPTS, concept_of, multi_edit, multi_generate
 from weft.world.render import RENDERER, render
@@ -46,27 +46,24 @@ class Picture:
         return f"{self.scene.digest}-r{RENDERER}-{self.height}x{self.width}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class World(Endless):
     """A lazy sequence of records.
 
     `tasks`: weights of generate, edit, multi_edit, multi_generate. `kinds`: weights of edit kinds (default: all
     but the held-out one, equally). `references`: how many pictures multi_edit and multi_generate refer to, `concepts`
-    what these give ("concrete" things, "local" and "global" attributes). `phrasing`: "seen", "unseen" or "mixed".
-    `standard`: the same records in the one wording that a rewriter writes, pictures named by their number; all records
-    with references have it in `meta["standard"]`. `combo`: "seen" (no held-out pair of attributes), "held_out" (at
-    least one in the target) or "any". `size`: pixels (height, width).
+    what these give ("concrete" things, "local" and "global" attributes). `standard`: the same records in the one
+    wording that a rewriter writes, pictures named by their number; all records with references have it in
+    `meta["standard"]`. `size`: pixels (height, width).
     """
 
-    tasks: tuple[tuple[str, float], ...] = (("generate", 1.0), ("edit", 1.0))
-    kinds: tuple[tuple[str, float], ...] = ()
-    references: tuple[int, ...] = (1, 2, 3, 4)
-    concepts: tuple[str, ...] = CONCEPTS
-    phrasing: str = "seen"
-    standard: bool = False
-    combo: str = "seen"
-    prior: Prior = Prior()
-    size: tuple[int, int] = (SIDE, SIDE)
+    tasks: tuple[tuple[str, float], ...]
+    kinds: tuple[tuple[str, float], ...]
+    references: tuple[int, ...]
+    concepts: tuple[str, ...]
+    standard: bool
+    prior: Prior
+    size: tuple[int, int]
 
     def _make(self, index: int) -> Record:
         rng = numpy_rng(self.seed, f"world/{self.split}/{self.phrasing}/{self.combo}", index)
@@ -165,6 +162,7 @@ def _weave(text: str, references: list[Picture]) -> list[Part]:
 def records(
     split: str = "train",
     count: int = 1000,
+    *,
     seed: int = 0,
     start: int = 0,
     tasks: dict[str, float] | Sequence[str] = ("generate", "edit"),
@@ -178,8 +176,7 @@ def records(
     tone: float = 0.0,
     size: int | Sequence[int] = SIDE,
 ) -> World:
-    """Records of the world as a lazy sequence; see `World`. Raises WeftError for unknown names."""
-    check_choice(split, phrasing, combo)
+    """Records of the world as a lazy sequence; see `World` and `Endless`. Raises WeftError for unknown names."""
     if not concepts or not set(concepts) <= set(CONCEPTS):
         raise WeftError(f"world: concepts are some of {', '.join(CONCEPTS)}, not {list(concepts)}")
     if not references or not all(1 <= r <= 4 for r in references):
