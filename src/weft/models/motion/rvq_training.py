@@ -1,8 +1,9 @@
 """Training the RVQ in the one loop: MoMask's losses (models/vq/vq_trainer.py) on windows of clips.
 
 Per sample: recon(x, y) + `explicit` recon(positions) + `velocity` recon(their differences in time)
-+ `commit` |latent - codes|^2. MoMask calls its second term "vel"; it is of positions. `velocity` is ours, off by
-default.
++ `commit` |latent - codes|^2. MoMask calls its second term "vel"; it is of positions. `velocity` and `root` are ours,
+off by default: `root` is recon of the root's turning and going, and of their running sums in seconds, because small
+errors that add up make a circle a spiral.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ class RvqTrainable:
 
     `window`: frames of the random window of each clip (a shorter clip is taken whole, under the mask). `dropout`: the
     chance that a step drops the levels above a drawn one (level 0 never). `temperature`: of the drawn choice of
-    codes. `divide`: divide the straight-through gradient by the number of levels (the reference does not). `whole`:
-    the export is the folder with the trained quantiser in it, language model included, instead of the quantiser alone.
-    With several micro-batches a step the averages take one step for each.
+    codes. `divide`: divide the straight-through gradient by the number of levels (the reference does not).
+    `encoder=False` trains the decoder alone: movements keep their codes, so a language model of them stays valid.
+    `whole`: the export is the folder with the trained quantiser in it, language model included, instead of the
+    quantiser alone. With several micro-batches a step the averages take one step for each.
     """
 
     name = "rvq"
@@ -50,13 +52,15 @@ class RvqTrainable:
         recon: str = "l1_smooth",
         explicit: float = 0.5,
         velocity: float = 0.0,
+        root: float = 0.0,
         commit: float = 0.02,
         dropout: float = 0.2,
         temperature: float = 0.5,
         divide: bool = False,
+        encoder: bool = True,
         whole: bool = False,
     ) -> None:
-        self.source, self.whole = find_model(str(path)), whole
+        self.source, self.complete = find_model(str(path)), whole
         self.codec = load_codec(self.source)
         self.rvq = self.codec.rvq
         if recon not in RECON:
@@ -64,8 +68,10 @@ class RvqTrainable:
         if window < 1 or window % self.rvq.config.stride:
             raise WeftError(f"window {window}: must be a positive multiple of {self.rvq.config.stride} frames")
         self.window, self.recon = window, RECON[recon]
-        self.weights = {"recon": 1.0, "explicit": explicit, "velocity": velocity, "commit": commit}
-        self.dropout, self.temperature, self.divide = dropout, temperature, divide
+        self.weights = {"recon": 1.0, "explicit": explicit, "velocity": velocity, "root": root, "commit": commit}
+        self.dropout, self.temperature, self.divide, self.encoder = dropout, temperature, divide, encoder
+        if not encoder:
+            self.rvq.encoder.requires_grad_(False)
 
     def modules(self) -> dict[str, nn.Module]:
         """The network, by its folder's name."""
@@ -93,10 +99,11 @@ class RvqTrainable:
         lengths = [len(w) for w in windows]
         device = next(self.rvq.parameters()).device
         x = nn.utils.rnn.pad_sequence(windows, batch_first=True).to(device)  # [B, T, F]
-        z, mask = self.rvq.latents(x, lengths)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder):
+            z, mask = self.rvq.latents(x, lengths)
         keep = mask if mask is not None else torch.ones(z.shape[:2], dtype=torch.bool, device=device)
         steps = [n // self.rvq.config.stride for n in lengths]
-        noise = self.noise(steps, draw) if torch.is_grad_enabled() else None
+        noise = self.noise(steps, draw) if torch.is_grad_enabled() and self.encoder else None
         found = self.rvq.quantizer(z[keep].float(), noise, self.temperature, self.divide)
         q = torch.zeros_like(z).masked_scatter(keep[..., None], found.rows.to(z.dtype))
         inside = torch.ones(x.shape[:2], device=device) if mask is None else frames_of(mask, self.rvq.config.stride)
@@ -114,8 +121,11 @@ class RvqTrainable:
 
     def terms(self, x: Tensor, y: Tensor, inside: Tensor) -> dict[str, Tensor]:
         """Reconstruction terms [B] of features x and y [B, T, F]; `inside` [B, T] is 1 within a clip."""
-        block = self.codec.layout.blocks()["positions"]
-        a, b = x[..., block], y[..., block]
+        blocks = self.codec.layout.blocks()
+        a, b = x[..., blocks["positions"]], y[..., blocks["positions"]]
+        root = slice(0, blocks["positions"].start)
+        moves = slice(0, blocks["root_height"].start)
+        sums = [(v[..., moves] * inside[..., None]).cumsum(1) / self.codec.layout.fps for v in (y, x)]
         both = inside[:, 1:] * inside[:, :-1]
 
         def mean(error: Tensor, where: Tensor) -> Tensor:
@@ -125,6 +135,8 @@ class RvqTrainable:
             "recon": mean(self.recon(y, x, reduction="none"), inside),
             "explicit": mean(self.recon(b, a, reduction="none"), inside),
             "velocity": mean(self.recon(b.diff(dim=1), a.diff(dim=1), reduction="none"), both),
+            "root": mean(self.recon(y[..., root], x[..., root], reduction="none"), inside)
+            + mean(self.recon(sums[0], sums[1], reduction="none"), inside),
         }
 
     def joint_error(self, x: Tensor, y: Tensor, inside: Tensor) -> Tensor:
@@ -162,7 +174,7 @@ class RvqTrainable:
 
     def save(self, folder: Path) -> None:
         """Write `rvq/` and `statistics.json`; with `whole`, beside copies of the folder's other parts."""
-        if self.whole:
+        if self.complete:
             for path in (self.source / name for name in PARTS):
                 if path.is_dir():
                     shutil.copytree(path, folder / path.name)
