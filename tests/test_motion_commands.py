@@ -96,7 +96,7 @@ def answered(result: tuple[int, str, str], out: Path) -> str | None:
 def commands(run: Run, path: Path, out: Path, model: Path | None) -> dict[str, str | None]:
     """Every command that reads one motion file, each into its own folder: what it answered."""
     words: dict[str, list[object]] = {
-        suffix: ["data", "convert", path, "-o", out / suffix / f"x{suffix}", *(["--size", 32] * (suffix == ".gif"))]
+        suffix: ["data", "convert", path, "-o", out / suffix / f"x{suffix}", *(["--size", 16] * (suffix == ".gif"))]
         for suffix in (".bvh", ".glb", ".npz", ".npy", ".gif")
     }
     words["exact"] = ["data", "convert", path, "-o", out / "exact" / "x.glb", "--exact"]
@@ -230,7 +230,7 @@ def test_damaged_files(run: Run, clip: Motion, tmp_path: Path, suffix: str) -> N
         write_motion(clip, path)
     (tmp_path / "in").mkdir()
     whole, refused = path.read_bytes(), 0
-    for k, data in enumerate(damaged(path, 7, 8)):
+    for k, data in enumerate(damaged(path, 7, 6)):
         path.write_bytes(data)
         if suffix != ".amc":
             (tmp_path / "in" / f"{k}{suffix}").write_bytes(data)
@@ -239,7 +239,7 @@ def test_damaged_files(run: Run, clip: Motion, tmp_path: Path, suffix: str) -> N
         why = answered(run("data", "convert", path, "-o", out / "x.npz", *table), out)
         assert why is None or path.name in why or ".asf" in why, why
         refused += why is not None
-    assert refused > 8
+    assert refused > 6
     path.write_bytes(whole)
     if suffix == ".amc":
         return
@@ -310,7 +310,7 @@ def test_wrong_channel_orders(run: Run, clip: Motion, model: Path, tmp_path: Pat
     def mixed(rows: np.ndarray) -> np.ndarray:
         return rows[:, rng.permutation(rows.shape[1])] * rng.choice([1, 30], rows.shape[1])
 
-    for k in range(4):
+    for k in range(2):
         path = spoil(mixed, clip, tmp_path / f"{k}.bvh")
         found = commands(run, path, tmp_path / f"out{k}", model if k == 0 else None)
         assert all(why is None for why in found.values()), found
@@ -321,7 +321,7 @@ def test_wrong_channel_orders(run: Run, clip: Motion, model: Path, tmp_path: Pat
         path.write_text(
             text.replace(wrong, {"CHANNELS 6 ": "CHANNELS 5 "}.get(wrong, "Zrotation Zrotation Xrotation"), 1)
         )
-        for name, said in commands(run, path, tmp_path / f"out-{why}", model).items():
+        for name, said in commands(run, path, tmp_path / f"out-{why}", None).items():
             assert said is not None and "x.bvh" in said, name
 
 
@@ -332,5 +332,5 @@ def test_unknown_skeletons(run: Run, clip: Motion, model: Path, tmp_path: Path) 
     for name, why in commands(run, path, tmp_path / "out", model).items():
         assert why is not None and "unknown skeleton" in why and "bip_pelvis" in why, name
     np.save(tmp_path / "b.npy", np.zeros((9, 17, 3)))
-    for name, why in commands(run, tmp_path / "b.npy", tmp_path / "out2", model).items():
+    for name, why in commands(run, tmp_path / "b.npy", tmp_path / "out2", None).items():
         assert why is not None and "(9, 17, 3)" in why or "17" in str(why), name
