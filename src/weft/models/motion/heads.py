@@ -106,12 +106,13 @@ def make_head(config: HeadConfig) -> _Head:
     return KINDS[config.kind](config)
 
 
-def save_head(head: _Head, folder: Path) -> None:
-    """Write config.json and model.safetensors."""
+def save_head(head: _Head, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write config.json and model.safetensors; the weights as `dtype` if given."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, folder / "model.safetensors")
+    weights = {k: v.detach().cpu().to(dtype or v.dtype).contiguous() for k, v in head.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
     with atomic_write(folder / "config.json") as handle:
         handle.write((json.dumps(asdict(head.config), indent=2, sort_keys=True) + "\n").encode())
 

@@ -303,7 +303,7 @@ class MotionLM:
         (self.transformer if dtype is None else self.transformer.to(dtype)).save_pretrained(folder / "transformer")
         self.transformer.to(own)
         if self.head is not None:
-            save_head(self.head, folder / "heads")
+            save_head(self.head, folder / "heads", dtype)
         card = {"tokens": dataclasses.asdict(self.options)}
         for name, value in (("weft.json", card), ("model_index.json", {"_class_name": PIPELINE})):
             with atomic_write(folder / name) as handle:
