@@ -30,9 +30,10 @@ SWINGS = {  # signals whose swings are counted, with the size at which a swing c
 }  # fmt: skip
 TEMPO = ("left hand out", "left hand up", "left hand ahead", "right hand out", "right hand up", "right hand ahead",
          "pitch", "pelvis", "left toe ahead", "right toe ahead", "left toe up", "right toe up", "hands apart", "turn",
-         "aside")  # fmt: skip
+         "aside", "twist")  # fmt: skip
 STEADY = 0.1  # of a logarithm of tempo: a spread at which it tells half
-_FLOORS = {"pitch": 0.3, "turn": 0.6}  # the least range at which a signal tells about tempo, by default 0.12
+# The least range at which a signal tells about tempo, by default 0.12.
+_FLOORS = {"pitch": 0.15, "turn": 0.6, "twist": 0.15}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def activity(joints: np.ndarray) -> np.ndarray:
 
 
 def signals(joints: np.ndarray) -> dict[str, np.ndarray]:
-    """The signals of SIGNALS, and `turn`, from smoothed joints."""
+    """The signals of SIGNALS, `turn`, and `twist` of the shoulders against the hips, from smoothed joints."""
     yaw = heading(joints)
     cos, sin = np.cos(yaw)[:, None], np.sin(yaw)[:, None]
     local = joints - joints[:, :1] * [1, 0, 1]
@@ -102,6 +103,8 @@ def signals(joints: np.ndarray) -> dict[str, np.ndarray]:
         found[f"{name} toe ahead"] = local[:, toe, 2]
     found["hands apart"] = np.linalg.norm(local[:, 20] - local[:, 21], axis=-1)
     found["turn"] = yaw - yaw[:3].mean()
+    hips, shoulders = local[:, 1] - local[:, 2], local[:, 16] - local[:, 17]  # both face ahead, by the frame's making
+    found["twist"] = np.arctan2(-shoulders[:, 2], shoulders[:, 0]) - np.arctan2(-hips[:, 2], hips[:, 0])
     middle = gaussian_filter1d(joints[:, 0][:, [0, 2]], 2.0, axis=0, mode="nearest")
     step = np.diff(middle, axis=0, prepend=middle[:1])
     aside = np.cumsum(step[:, 0] * cos[:, 0] - step[:, 1] * sin[:, 0])

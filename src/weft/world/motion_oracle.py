@@ -161,7 +161,8 @@ def see(motion: Motion, acts: int = 1, style: str = STYLES[0]) -> Seen:
         _recognise([measure(joints[:k]), measure(joints[k:])], one.style if one else style)
         for k in _cuts(joints, 2 + acts)
     ]
-    two = min(halves, key=lambda s: s.distance)
+    # a cut after both acts explains the rest by standing still: only where it fits much better
+    two = min(halves, key=lambda s: s.distance / BETTER if NOTHING in s.acts else s.distance)
     if one is None:
         return two
     apart = two.acts[0].action != two.acts[1].action and NOTHING not in two.acts
