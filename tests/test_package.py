@@ -31,7 +31,7 @@ FLOORS = [
     {"train"},
     {"synth", "evals"},
     {"zoo"},
-    {"cli", "tour", "tour_omni", "tour_page", "app", "api", "api_motion", "__init__", "__main__"},
+    {"cli", "tour", "tour_motion", "tour_omni", "tour_page", "app", "api", "api_motion", "__init__", "__main__"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OPEN_FLOORS = {0, len(FLOORS) - 1}

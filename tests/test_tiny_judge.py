@@ -261,7 +261,7 @@ def test_the_gap_is_a_curve_with_an_alarm(monkeypatch, tmp_path: Path) -> None:
 
     class Output:
         def __init__(self, record, image):
-            self.record, self.image = record, image
+            self.record, self.made = record, image
 
     base = world_records("val", count=6, seed=4, tasks=["edit"])[:]
     monkeypatch.setattr(
