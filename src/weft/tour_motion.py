@@ -10,7 +10,9 @@ import weft
 from weft.record import Record, instruction_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from PIL import Image
 
     from weft.api import Model
     from weft.api_motion import MotionOutput
@@ -69,6 +71,47 @@ def move(model: Model, found: Findings, folder: Path, seed: int, say: Callable[[
         found.moved.append(moved)
         said = f' -> "{output.text}"' if output.text else ""
         say(f'"{instruction_text(record.request)}"{said}')
+    overview(found.moved, folder / "movements" / "overview.gif")
+
+
+def overview(moved: Sequence[Moved], path: Path) -> None:
+    """One animated sheet: movements of sentences, and below them edits with their sources."""
+    from PIL import Image
+
+    from weft.motion.files.video import save_gif
+    from weft.report.sheet import contact_sheet
+
+    made, edited = ([m for m in moved if m.record.task == task and m.output.motion] for task in ("generate", "edit"))
+    strips: list[tuple[list[list[Image.Image]], list[str], list[Moved]]] = []
+    for members, names in ((made, ["output"]), (edited, ["source", "output"])):
+        if members:
+            clips = [_pictures(dict(m.files)[name]) for m in members for name in names]
+            strips.append((clips, names * len(members), members))
+    count = max(len(clip) for clips, _, _ in strips for clip in clips)
+
+    def sheet(t: int) -> Image.Image:
+        parts = [
+            contact_sheet(
+                [[clip[min(t, len(clip) - 1)] for clip in clips]],
+                columns=names,
+                captions=["     |     ".join(f"\u201c{m.record.instruction}\u201d" for m in members)],
+                scale=1,
+            )
+            for clips, names, members in strips
+        ]
+        whole = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts)), "white")
+        for k, part in enumerate(parts):
+            whole.paste(part, (0, sum(p.height for p in parts[:k])))
+        return whole
+
+    save_gif((sheet(t) for t in range(count)), path, [sheet(count // 2)], FPS)
+
+
+def _pictures(path: Path) -> list[Image.Image]:
+    from PIL import Image, ImageSequence
+
+    with Image.open(path) as animation:
+        return [frame.convert("RGB") for frame in ImageSequence.Iterator(animation)]
 
 
 def moved_section(page: Page, found: Findings, number: int) -> None:

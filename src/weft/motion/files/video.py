@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from weft.errors import WeftError
 from weft.media import atomic_write
@@ -31,15 +32,23 @@ def write_gif(
 
     GIF counts in hundredths of a second: 20, 25 and 50 fps are exact.
     """
-    from PIL import Image
-
     clips = [motion] if isinstance(motion, Motion) else list(motion)
     count = max((len(c.resample(fps)) for c in clips), default=0)
     few = sorted({round(k) for k in np.linspace(0, max(count - 1, 0), 6)})
     look = render_frames(clips, size=size, camera=camera, fps=fps, follow=follow, frames=few)
+    save_gif(render_frames(clips, size=size, camera=camera, fps=fps, follow=follow), path, list(look), fps, metadata)
+
+
+def save_gif(
+    frames: Iterable[Image.Image],
+    path: str | Path,
+    look: Sequence[Image.Image],
+    fps: float,
+    metadata: dict[str, Any] | None = None,
+) -> None:
+    """Write pictures as an endless GIF with one palette, that of the few pictures in `look`."""
     sheet = Image.fromarray(np.concatenate([np.asarray(f) for f in look]))
     palette = sheet.quantize(192, method=Image.Quantize.MEDIANCUT)
-    frames = render_frames(clips, size=size, camera=camera, fps=fps, follow=follow)
     reduced = (f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames)
     with atomic_write(path) as handle:
         next(reduced).save(
