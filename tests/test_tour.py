@@ -23,6 +23,7 @@ def test_the_tour_runs_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tour, "SENTENCES", 2)
     monkeypatch.setattr(tour, "CHAINS", (("recolour", "add"),))
     monkeypatch.setattr("weft.cli.shipped.picture_model", lambda references: "tiny-kontext")  # see test_omni.py
+    monkeypatch.setattr("weft.cli.shipped.zoo_models", dict)  # no stage on movement: see below
     lines: list[str] = []
     out = tmp_path / "tour"
     (out / tour.WORK).mkdir(parents=True)
@@ -53,6 +54,28 @@ def test_the_tour_runs_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     close = ImageChops.difference(Image.open(again), Image.open(out / "pictures" / "edit-1.png")).getextrema()
     assert max(high for _, high in close) <= 1
     assert [line for line in lines if line.startswith("[4/4]")]
+
+
+def test_movements_join_the_tour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the model that ships: files that open, a page that plays them, and verdicts on what is shown."""
+    from weft import tour_motion
+    from weft.motion import read_motion
+    from weft.report.page import Page
+
+    monkeypatch.setattr(tour_motion, "ASKED", (("generate", 1), ("edit", 1), ("describe", 1)))
+    monkeypatch.setattr(tour_motion, "SIZE", 32)
+    found = tour.Findings(tour.Pace(0.01, 0.01, 0.01, 0.01))
+    said: list[str] = []
+    tour_motion.move(None, found, tmp_path, 0, said.append)  # type: ignore[arg-type]
+    made, edited, told = found.moved
+    assert len(read_motion(tmp_path / "movements" / "1.bvh")) == len(made.output.motion)
+    assert [name for name, _ in edited.files] == ["source", "output", "exact target"]
+    assert told.output.text and told.output.text in said[2]
+    with Image.open(tmp_path / "movements" / "overview.gif") as sheet:
+        assert sheet.n_frames >= 20
+    page = Page("t")
+    tour_motion.moved_section(page, found, 5)
+    assert page.html().count("data:image/gif;base64") == sum(len(m.files) for m in found.moved)
 
 
 def test_chains_are_exact(tmp_path: Path) -> None:

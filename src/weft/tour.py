@@ -336,6 +336,7 @@ def _write_numbers(found: Findings, path: Path) -> None:
         "pace": asdict(found.pace),
         "generated": [bool(verdict.success) for _, _, verdict in found.generated],
         "edited": [bool(verdict.success) for _, _, verdict in found.edited],
+        "moved": [bool(moved.verdict.success) for moved in found.moved],
         "referred": [bool(verdict.success) for _, _, verdict in found.referred],
         "chains": [[bool(verdict.success) for _, _, verdict in chain] for chain in found.chains],
         "train": train,
