@@ -269,7 +269,7 @@ def test_fingerprint_tells_weights_apart() -> None:
 
 def test_psnr_outside_agrees_with_the_oracle() -> None:
     generator = np.random.default_rng(0)
-    for record in records("test", 6, 3, tasks=["edit"]):
+    for record in records("test", 6, seed=3, tasks=["edit"]):
         noisy = np.asarray(target(record), np.float32) + generator.normal(0, 8, (64, 64, 3))
         image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
         theirs, ours = judge(record, image).psnr_outside, psnr_outside(record, image)

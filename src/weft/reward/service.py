@@ -113,11 +113,11 @@ class Batcher:
                 # One Score for all is what `ask_scorer` gives when the call failed as a whole: a single bad item may
                 # have felled it, and must not take the others with it.
                 scores = [ask_scorer(self.config, [pair])[0] for pair in pairs]
+            self.batches, self.scored = self.batches + 1, self.scored + len(batch)  # before anyone who waits can ask
             for (_, future), score in zip(batch, scores, strict=True):
                 if score.value is None:
                     log.warning("%s: no score: %s", self.config.name, score.reason)
                 future.set_result(score)
-            self.batches, self.scored = self.batches + 1, self.scored + len(batch)
             self._pace += 0.2 * ((time.monotonic() - start) / len(batch) - self._pace)
 
     def _take(self) -> list[tuple[Pair, Future[Score]]]:
