@@ -1,7 +1,8 @@
 """Does DiffusionNFT raise the reward that it is given? Four fixed edits; the reward is closeness to the exact target.
 
     python benchmarks/nft_fixed.py -o runs/nft_fixed                 # recipes/tiny/nft_judge.yaml's settings, 15 epochs
-    python benchmarks/nft_fixed.py -o runs/nft_fixed_fast optim.lr=1.0e-4 method.options.advantage.clip=5.0
+    python benchmarks/nft_fixed.py -o runs/nft_fixed_fast --steps 12 optim.lr=1.0e-4 optim.warmup=0 rollout.updates=2 \\
+        method.options.advantage.clip=5.0                                # steps that are too large
 
 The same requests every epoch and a dense reward: what would take many epochs on new requests shows in a few. The reward
 is 1 - 4 x the mean absolute difference of the pictures (in 0 to 1), over 192 samples an epoch. About 20 s an epoch on
@@ -41,13 +42,13 @@ def near(batch: Sequence[tuple[Record, object]]) -> list[Score]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, required=True, help="a new folder, or one to go on in")
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=15, help="optimiser steps; an epoch has rollout.updates of them")
     parser.add_argument("overrides", nargs="*", help="key=value of the recipe")
     options = parser.parse_args()
     fixed = [
         "reward=null", f"data.0.source.args.count={REQUESTS}",
         f"rollout.groups={REQUESTS}", f"rollout.group_size={SAMPLES}", "rollout.batch=96", "run.log_every=1",
-        f"run.steps={options.epochs}", f"run.folder={json.dumps(str(options.out))}", "run.export=false",
+        f"run.steps={options.steps}", f"run.folder={json.dumps(str(options.out))}", "run.export=false",
         "run.grid_every=0",
     ]  # fmt: skip
     try:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from weft.api import Model
     from weft.api_motion import MotionOutput
-    from weft.motion import Motion
     from weft.report.page import Page
     from weft.tour import Findings
     from weft.world.motion_oracle import Verdict
@@ -29,10 +28,9 @@ SIZE, FPS = 144, 10.0  # of the animated pictures
 
 @dataclass(slots=True)
 class Moved:
-    """One request about movements: the clips that it gives, the answer, and what the oracle says of it."""
+    """One request about movements, the answer, and what the oracle says of it."""
 
     record: Record
-    given: list[tuple[str, Motion]]
     output: MotionOutput
     verdict: Verdict
     files: list[tuple[str, Path]]  # animated pictures by what they show
@@ -56,7 +54,7 @@ def move(model: Model, found: Findings, folder: Path, seed: int, say: Callable[[
     outputs = mover.run(requests, seeds=[seed] * len(requests))
     for k, (record, output) in enumerate(zip(requests, outputs, strict=True), 1):
         given = [(name, load_part(part)) for name, part in given_clips(record)]
-        shown = [*given]
+        shown = list(given)
         if output.motion is not None:
             output.save(folder / "movements" / f"{k}.bvh")
             shown.append(("output", output.motion))
@@ -67,7 +65,7 @@ def move(model: Model, found: Findings, folder: Path, seed: int, say: Callable[[
             path = folder / "movements" / f"{k}-{name.replace(' ', '-')}.gif"
             write_motion(clip, path, size=SIZE, fps=FPS)
             files.append((name, path))
-        moved = Moved(record, given, output, verdicts(record, [output.parts])[-1], files)
+        moved = Moved(record, output, verdicts(record, [output.parts])[-1], files)
         found.moved.append(moved)
         said = f' -> "{output.text}"' if output.text else ""
         say(f'"{instruction_text(record.request)}"{said}')
