@@ -115,7 +115,7 @@ class Uniform:
     def begin(self, prompts: Any, *, cache: bool) -> list[int]:
         return [len(prompts)]
 
-    def feed(self, state: list[int], rows: torch.Tensor) -> None:
+    def feed(self, state: list[int], rows: torch.Tensor, seen: torch.Tensor) -> None:
         assert len(rows) == state[0]
 
     def logits(self, state: list[int], column: int, chosen: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -279,7 +279,76 @@ def test_guidance_reads_the_prompt_without_the_words(models: dict[str, MotionLM]
     assert both is not None and torch.equal(both, strong)
 
 
+def test_guidance_holds_for_what_the_model_says_first(models: dict[str, MotionLM]) -> None:
+    """Words that an answer says before its movement are words too: the side without text does not read them."""
+    model = models["depth"]
+    clip = record(0).turns[-1].parts[-1]
+    said = Record("p", "edit", [*record(1, "edit").turns[:-1], Turn("assistant", [text_part("a person walks"), clip])])
+    (rows,) = model.reader.encode([said], answers=True)
+    words = rows.rows[rows.kind == 3][:, 0]
+    assert model.tokenizer.decode(words) == "a person walks" and rows.learned[rows.kind == 3].all()
+    text = (rows.rows[:, 0] >= 0) & (rows.rows[:, 0] < model.vocabulary.text)
+    assert not text[rows.wordless & (rows.kind != 0)].any()
+    (alone,) = model.reader.encode([record(2, "describe")], answers=True)
+    assert not (alone.kind == 3).any(), "an answer of words alone is no plan"
+
+    seen: list[torch.Tensor] = []
+
+    class Watched(Uniform):
+        def feed(self, state: list[int], rows: torch.Tensor, seen_now: torch.Tensor) -> None:
+            written = (rows[:, 0] >= 0) & (rows[:, 0] < 50)
+            assert not (written[2:] & seen_now[2:]).any() and seen_now[:2].all()
+            assert (seen_now[2:] | written[2:]).all(), "all else reaches both sides"
+            seen.append(seen_now)
+
+    form = serial("depth")
+    grammars = [Reply(form, motion="must", words=4, least=2, most=3) for _ in range(2)]
+    prompts = [torch.zeros(1, form.columns)] * 2
+    sample_tokens(Watched(form, 200), prompts, grammars, [3, 4], sampling=Sampling(guidance=2.0), negative=prompts)
+    assert any(not one.all() for one in seen), "words were drawn"
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_row_that_is_not_seen_changes_nothing(cache: bool, models: dict[str, MotionLM]) -> None:
+    network = models["depth"].network
+    prompts = [r.rows for r in models["depth"].reader.encode([record(0), record(1, "edit")], answers=False)]
+    row = prompts[0][2:3].repeat(2, 1)
+    with torch.no_grad():
+        plain, other = network.begin(prompts, cache=cache), network.begin(prompts, cache=cache)
+        network.feed(other, row, torch.tensor([True, False]))
+        network.feed(other, row, torch.tensor([True, True]))
+        network.feed(plain, row, torch.tensor([True, True]))
+        assert torch.allclose(plain.hidden[1], other.hidden[1], atol=1e-5)
+        assert not torch.allclose(plain.hidden[0], other.hidden[0], atol=1e-3)
+
+
 # -- training
+
+
+@pytest.mark.parametrize("name", SERIALISATIONS)
+def test_upper_levels_can_weigh_less(name: str, folders: dict[str, Path]) -> None:
+    """The loss is a weighted mean: from its values at two weights follows that at a third."""
+    records = [record(0), record(1, "edit")]
+    found, counts = [], []
+    for weight in (1.0, 0.5, 0.25):
+        model = MotionLMTrainable(folders[name], upper_weight=weight)
+        examples = model.examples(records)
+        with torch.no_grad():
+            found.append(model.loss(examples, Draw(0, 0, ["a", "b"])).per_sample)
+    v = model.model.vocabulary
+    for e in examples:
+        ids = e["rows"][e["kind"] >= 2].flatten()
+        ids = ids[ids >= 0]
+        upper = ids >= v.block(0)[1]
+        if name == "base_only":  # its predictor learns one level of every step
+            upper = (ids >= v.block(0)[0]) & (ids < v.block(0)[1])
+        counts.append([float(len(ids) - (0 if name == "base_only" else upper.sum())), float(upper.sum())])
+    low, upper = torch.tensor(counts).T
+    sums = [f * (low + w * upper) for f, w in zip(found, (1.0, 0.5, 0.25), strict=True)]
+    assert torch.allclose((sums[0] - sums[1]) / 0.5, (sums[1] - sums[2]) / 0.25, rtol=1e-3)
+    assert not torch.allclose(found[0], found[1], atol=1e-4)
+    with pytest.raises(WeftError, match="upper_weight 0"):
+        MotionLMTrainable(folders[name], upper_weight=0)
 
 
 @pytest.mark.parametrize("name", SERIALISATIONS)
@@ -298,7 +367,7 @@ def test_loss_by_hand_and_padding(name: str, folders: dict[str, Path]) -> None:
     e = examples[2]  # text alone: every serialisation is a plain language model
     with torch.no_grad():
         hidden = model.model.network.hidden(e["rows"][None], torch.ones(1, len(e["rows"])).long())[0]
-        learned = e["kind"][1:] == 2
+        learned = e["kind"][1:] >= 2
         logits = model.model.network.vocabulary_logits(hidden[:-1][learned])
         wanted = F.cross_entropy(logits, e["rows"][1:, 0][learned])
     assert torch.allclose(together[2], wanted, atol=1e-5)

@@ -240,3 +240,21 @@ def test_records_are_written_and_read_as_files(tmp_path: Path) -> None:
             assert (a.type, a.role, a.text) == (b.type, b.role, b.text)
             if a.type == "motion":
                 assert np.abs(load_part(a).joints - load_part(b, found.root).joints).max() < 1e-5
+
+
+def test_plans_say_what_comes() -> None:
+    """With `plans` every movement is announced in words that name it; nothing else changes in an edit."""
+    from weft.world.motion_oracle import compare
+    from weft.world.motion_reader import read
+
+    tasks = ["edit", "in_context", "chain", "between", "generate", "knowledge"]
+    for record in records("train", 60, seed=4, tasks=tasks, plans=True):
+        for turn in record.turns[1::2]:
+            text, clip = turn.parts
+            assert text.type == "text" and clip.type == "motion"
+            assert all(compare(clip.value.script, read(text.text or "")).values()), text.text
+    for planned, plain in zip(records("train", 20, seed=4, tasks=["edit"], plans=True),
+                              records("train", 20, seed=4, tasks=["edit"]), strict=True):  # fmt: skip
+        assert planned.turns[0] == plain.turns[0] and planned.turns[1].parts[1:] == plain.turns[1].parts
+    for record in records("train", 10, seed=4, tasks=["reflect"], plans=True):
+        assert [p.type for p in record.turns[1].parts] == ["motion"], "a plan would tell right attempts from wrong"

@@ -109,11 +109,13 @@ def requests(record: Record) -> list[Turn]:
 
 
 def _so_far(record: Record, answers: Answer) -> Record:
-    """The conversation up to the user's next turn, the model's own movements in it (of a reflection, the last)."""
+    """The conversation up to the user's next turn with the model's own answers: what it said before its first movement,
+    and its last one (that of a reflection)."""
     turns: list[Turn] = []
     for asked, own in zip(requests(record), answers, strict=False):
-        moved = [motion_part(part.value) for part in own if part.type == "motion"]
-        turns += [asked, Turn("assistant", moved[-1:])]
+        moved = [k for k, part in enumerate(own) if part.type == "motion"]
+        said = [part for part in own[: moved[0]] if part.type == "text"] if moved else []
+        turns += [asked, Turn("assistant", said + [motion_part(own[k].value) for k in moved[-1:]])]
     return dataclasses.replace(record, turns=[*turns, requests(record)[len(answers)]])
 
 

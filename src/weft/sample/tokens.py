@@ -24,13 +24,15 @@ BLOCK = 64
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The ids from `start` to `stop` but those in `without`, and those in `extra`. `guided`: guidance applies."""
+    """The ids from `start` to `stop` but those in `without`, and those in `extra`. `guided`: guidance applies.
+    `words`: the ids of the range are text, which the side without text does not read."""
 
     start: int
     stop: int
     extra: tuple[int, ...] = ()
     without: tuple[int, ...] = ()
     guided: bool = False
+    words: bool = False
 
     def __contains__(self, token: int) -> bool:
         return (self.start <= token < self.stop and token not in self.without) or token in self.extra
@@ -62,8 +64,8 @@ class TokenNetwork(Protocol):
         """(fp32 logits [B, M], the id of the first of the M) of a column, `chosen` [B, column] being taken before."""
         ...
 
-    def feed(self, state: Any, rows: Tensor) -> None:
-        """Read one more row [B, columns] of each sample."""
+    def feed(self, state: Any, rows: Tensor, seen: Tensor) -> None:
+        """Read one more row [B, columns] of each sample in `seen` [B]; the others stay as they are."""
         ...
 
 
@@ -103,7 +105,8 @@ def sample_tokens(
 ) -> list[Tensor]:
     """Rows [N, columns] that follow each prompt until its grammar is finished (the grammars are used up).
 
-    `negative`: prompts without the text, needed for guidance above 1. Sample k is a function of its prompt, grammar
+    `negative`: prompts without the text, needed for guidance above 1; words that are drawn do not reach that side
+    either, so guidance holds also for what the model has said first. Sample k is a function of its prompt, grammar
     and seed: its uniform numbers are its own. Raises WeftError if guidance has no negative prompts.
     """
     sampling = sampling or Sampling()
@@ -121,6 +124,7 @@ def sample_tokens(
             uniform = torch.stack([torch.rand((BLOCK, width), generator=s, dtype=torch.float64) for s in sources])
         alive = [not g.finished for g in grammars]
         rows = torch.full((count, width), -1)
+        wordless = torch.ones(count, dtype=torch.bool)
         for column in range(width):
             groups: dict[Choice, list[int]] = defaultdict(list)
             for k, grammar in enumerate(grammars):
@@ -140,6 +144,7 @@ def sample_tokens(
                 picked = ids(choice)[pick(part, uniform[members, step % BLOCK, column], sampling)].tolist()
                 for k, token in zip(members, picked, strict=True):
                     rows[k, column] = token
+                    wordless[k] &= not (choice.words and choice.start <= token < choice.stop)
                     grammars[k].take(column, token)
         for k, grammar in enumerate(grammars):
             if alive[k]:
@@ -147,7 +152,11 @@ def sample_tokens(
                 grammar.advance()
         step += 1
         if not all(g.finished for g in grammars):
-            model.feed(state, torch.cat([rows, rows]) if guided else rows)
+            everything = torch.ones(count, dtype=torch.bool)
+            if guided:
+                model.feed(state, torch.cat([rows, rows]), torch.cat([everything, wordless]))
+            else:
+                model.feed(state, rows, everything)
     return [torch.tensor(r, dtype=torch.long).view(-1, width) for r in made]
 
 

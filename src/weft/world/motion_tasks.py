@@ -91,6 +91,11 @@ def answer(*parts: Part) -> Turn:
     return Turn("assistant", list(parts))
 
 
+def planned(speaker: MotionSpeaker, script: Script) -> str:
+    """What a movement will show, said before it comes."""
+    return speaker.frame(PLANS).format(speaker.statement(script))
+
+
 def clip(script: Script, role: str | None = None) -> Part:
     return motion_part(Movement(script), role)
 
@@ -235,8 +240,7 @@ def reflect(rng: Rng, speaker: MotionSpeaker, kind: str, split: str) -> Draft | 
 def knowledge(rng: Rng, speaker: MotionSpeaker, kind: str, split: str) -> Draft | None:
     """An instruction that only implies an action; a plan in words, then the clip."""
     concept, text, script = draw_concept(rng, speaker, split)
-    planned = speaker.frame(PLANS).format(speaker.statement(script))
-    turns = [user(text_part(text)), answer(text_part(planned), clip(script))]
+    turns = [user(text_part(text)), answer(text_part(planned(speaker, script)), clip(script))]
     return Draft(turns, script, [script], kind, script.canonical, extra={"concept": concept})
 
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from weft.errors import WeftError
-from weft.record import Record
+from weft.record import Record, text_part
 from weft.rng import numpy_rng
 from weft.world.endless import Endless, named_weights
 from weft.world.motion_edits import HELD_OUT_KIND
 from weft.world.motion_phrases import MotionSpeaker
 from weft.world.motion_scripts import Script
-from weft.world.motion_tasks import TASKS, Draft, Movement, length_fits
+from weft.world.motion_tasks import TASKS, Draft, Movement, length_fits, planned
 from weft.world.scene import pick
 
 ALL_KINDS = tuple(dict.fromkeys(k for kinds, _ in TASKS.values() for k in kinds))
@@ -31,6 +31,7 @@ class MotionWorld(Endless):
 
     tasks: tuple[tuple[str, float], ...]
     kinds: tuple[tuple[str, float], ...]
+    plans: bool = False
 
     def _make(self, index: int) -> Record:
         rng = numpy_rng(self.seed, f"motions/{self.split}/{self.phrasing}/{self.combo}", index)
@@ -72,14 +73,21 @@ class MotionWorld(Endless):
         return pick(rng, [k for k in kinds if k != HELD_OUT_KIND])
 
     def _draft(self, rng: np.random.Generator, task: str, kind: str, unseen: bool) -> Draft | None:
-        draft = TASKS[task][1](rng, MotionSpeaker(rng, unseen), kind, self.split)
+        speaker = MotionSpeaker(rng, unseen)
+        draft = TASKS[task][1](rng, speaker, kind, self.split)
         if draft is None:
             return None
         if self.combo == "seen" and any(s.held_out for s in draft.shown):
             return None
         if self.combo == "held_out" and not draft.target.held_out:
             return None
-        return draft if all(length_fits(s) for s in draft.shown) else None
+        if not all(length_fits(s) for s in draft.shown):
+            return None
+        if self.plans and task != "reflect":  # there only right attempts would have one, which tells them apart
+            for turn in draft.turns:
+                if turn.role == "assistant" and turn.parts[0].type == "motion" and turn.parts[0].role != "rejected":
+                    turn.parts.insert(0, text_part(planned(speaker, turn.parts[0].value.script)))
+        return draft
 
 
 def records(
@@ -92,6 +100,7 @@ def records(
     kinds: dict[str, float] | Sequence[str] = (),
     phrasing: str = "seen",
     combo: str = "seen",
+    plans: bool = False,
 ) -> MotionWorld:
     """Records of the motion world as a lazy sequence.
 
@@ -112,6 +121,8 @@ def records(
 
     `kinds`: names or weights that restrict the kinds of the tasks that have them. `phrasing`: "seen", "unseen" or
     "mixed". `combo`: "seen" (no held-out pair of action and style), "held_out" (one in the target) or "any".
+    `plans`: every answer says what its movement will show before it comes, as those of `knowledge` do (not in
+    `reflect`).
 
     Motion parts hold a lazy value: `part.value.load()` (or `weft.motion.load_part(part)`) gives a `Motion` of 22
     joints at 20 fps, 40 to 120 frames, metres, on the floor, from the origin, facing +z; `part.digest()` names it.
@@ -131,6 +142,7 @@ def records(
         kinds=named_weights(kinds, ALL_KINDS, "kind"),
         phrasing=phrasing,
         combo=combo,
+        plans=plans,
     )
 
 

@@ -256,7 +256,7 @@ class MotionLM:
     ) -> list[Tensor]:
         for module in self.modules().values():
             module.eval()
-        negative = [p.rows[p.kind != 1] for p in prompts] if sampling.guidance > 1 else None
+        negative = [p.rows[p.wordless] for p in prompts] if sampling.guidance > 1 else None
         given = [p.rows for p in prompts]
         return sample_tokens(
             self.network, given, grammars, seeds, sampling=sampling, negative=negative, cache=cache

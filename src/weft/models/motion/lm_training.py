@@ -30,21 +30,26 @@ class MotionLMTrainable:
     """Trains the `transformer` (and the `heads`, if there are any) of a motion model folder; the RVQ stays frozen.
 
     `learn`: "answers" (what the assistant says and does, and its end markers; rejected attempts are read, not
-    learned), or "all" tokens. `text_dropout`: the chance that a record loses the user's words, for guidance. With
-    LoRA, name the transformer and the heads in `model.train`: the rows of the new tokens and the heads are trained
-    whole beside it.
+    learned), or "all" tokens. `text_dropout`: the chance that a record loses the user's words and those that an answer
+    says before its movement, for guidance. `upper_weight`: the weight of a code above level 0 beside a word's or a
+    level-0 code's; the upper levels hold what can hardly be foretold, and are most of the codes. With LoRA, name the
+    transformer and the heads in `model.train`: the rows of the new tokens and the heads are trained whole beside it.
     """
 
     name = "motion_lm"
     whole = ("heads",)  # trained whole also where `model.lora` is set
 
-    def __init__(self, path: str | Path, *, learn: str = "answers", text_dropout: float = 0.0) -> None:
+    def __init__(
+        self, path: str | Path, *, learn: str = "answers", text_dropout: float = 0.0, upper_weight: float = 1.0
+    ) -> None:
         if learn not in LEARN:
             raise WeftError(f"learn {learn!r} is unknown; choose {' or '.join(LEARN)}")
         if not 0 <= text_dropout < 1:
             raise WeftError(f"text_dropout {text_dropout:g}: must be at least 0 and below 1")
+        if upper_weight <= 0:
+            raise WeftError(f"upper_weight {upper_weight:g}: must be above 0")
         self.model: MotionLM = load(path, device="cpu", dtype="fp32")
-        self.learn, self.text_dropout = learn, text_dropout
+        self.learn, self.text_dropout, self.upper_weight = learn, text_dropout, upper_weight
 
     def modules(self) -> dict[str, nn.Module]:
         """The networks by their folders' names."""
@@ -84,12 +89,13 @@ class MotionLMTrainable:
         """`rows` [S, columns], `kind` [S] and `above` [S, L-1] of each record (`reading.Rows`)."""
         found = self.model.reader.encode(records, answers=True)
         for record, one in zip(records, found, strict=True):
-            if not (one.kind == 2).any():
+            if not one.learned.any():
                 raise WeftError(f"record {record.id!r} has no answer to learn: add an assistant turn")
         return [{"rows": r.rows, "kind": r.kind, "above": r.above} for r in found]
 
     def loss(self, examples: Sequence[Example], draw: Draw) -> Loss:
-        """Mean negative log-likelihood per sample [B] over all tokens that are learned, of all columns and levels.
+        """Mean negative log-likelihood per sample [B] over all tokens that are learned, of all columns and levels,
+        weighted (`upper_weight`).
 
         Metrics: `base` is the share of level-0 codes (and end markers) predicted right, `text` that of words.
         """
@@ -100,7 +106,7 @@ class MotionLMTrainable:
         inside = pad_sequence([torch.ones(len(r), dtype=torch.long) for r, _, _ in pairs], batch_first=True)
         device = network.device
         hidden = network.hidden(rows, inside)  # [B, S, D]
-        learned = (kinds == 2) if self.learn == "answers" else inside.bool()
+        learned = (kinds >= 2) if self.learn == "answers" else inside.bool()
         learned = learned[:, 1:].to(device)
         state = hidden[:, :-1][learned]  # [N, D], each the state before the row that is to be predicted
         goal = rows[:, 1:].to(device)[learned]  # [N, columns]
@@ -109,21 +115,28 @@ class MotionLMTrainable:
 
         first = goal[:, 0] >= 0
         logits = network.vocabulary_logits(state[first])
-        losses.add(sample[first], F.cross_entropy(logits, goal[first, 0], reduction="none"))
+        start, stop = serial.vocabulary.block(0)[1], serial.vocabulary.block(serial.levels - 1)[1]
+        upper = (goal[first, 0] >= start) & (goal[first, 0] < stop)  # flat writes all levels in its one column
+        weights = torch.where(upper, self.upper_weight, 1.0)
+        losses.add(sample[first], F.cross_entropy(logits, goal[first, 0], reduction="none"), weights)
         metrics = self._shares(logits, goal[first, 0])
         if serial.name == "delay":
             for level in range(1, serial.columns):
                 here = goal[:, level] >= 0
                 start, stop = serial.vocabulary.block(level)
                 logits = network.vocabulary_logits(state[here], start, stop)
-                losses.add(sample[here], F.cross_entropy(logits, goal[here, level] - start, reduction="none"))
+                losses.add(
+                    sample[here],
+                    F.cross_entropy(logits, goal[here, level] - start, reduction="none"),
+                    self.upper_weight,
+                )
         elif serial.name == "depth":
             assert isinstance(self.model.head, DepthTransformer)
             here = goal[:, -1] >= 0
             codes = network.level_codes(goal[here])  # [N', L]
             logits = self.model.head(state[here], codes[:, :-1]).float()  # [N', L-1, K]
             each = F.cross_entropy(logits.flatten(0, 1), codes[:, 1:].flatten(), reduction="none")
-            losses.add(sample[here].repeat_interleave(serial.columns - 1), each)
+            losses.add(sample[here].repeat_interleave(serial.columns - 1), each, self.upper_weight)
         elif serial.name == "base_only":
             self._residual(losses, hidden, pairs, draw)
         return Loss(losses.mean(), metrics)
@@ -133,7 +146,7 @@ class MotionLMTrainable:
         if self.text_dropout and torch.is_grad_enabled():
             chance = rng.numpy_rng(draw.seed, "text", draw.step, draw.record_ids[index], index).random()
             if chance < self.text_dropout:
-                keep = example["kind"] != 1
+                keep = example["kind"] % 2 == 0
         return example["rows"][keep].long(), example["kind"][keep], example["above"][keep].long()
 
     def _shares(self, logits: Tensor, goal: Tensor) -> dict[str, float]:
@@ -151,7 +164,7 @@ class MotionLMTrainable:
         assert isinstance(head, ResidualPredictor)
         states, codes, owners = [], [], []
         for b, (rows, kind, above) in enumerate(pairs):
-            inside = (above[:, 0] >= 0) & ((kind == 2) | (self.learn == "all"))
+            inside = (above[:, 0] >= 0) & ((kind >= 2) | (self.learn == "all"))
             for start, stop in runs(inside):
                 states.append(hidden[b, start:stop])
                 codes.append(torch.cat([rows[start:stop] - v.first, above[start:stop]], -1))
@@ -163,7 +176,7 @@ class MotionLMTrainable:
         goal = pad_sequence(codes, batch_first=True).to(hidden.device)
         logits = head(pad_sequence(states, batch_first=True).float(), goal, level, mask)[mask].float()
         owner = torch.tensor(owners, device=hidden.device)[:, None].expand(mask.shape)[mask]
-        losses.add(owner, F.cross_entropy(logits, goal[..., level][mask], reduction="none"))
+        losses.add(owner, F.cross_entropy(logits, goal[..., level][mask], reduction="none"), self.upper_weight)
 
     def save(self, folder: Path) -> None:
         """Write the whole model folder."""
@@ -171,18 +184,19 @@ class MotionLMTrainable:
 
 
 class _Sums:
-    """Per-sample sums and counts of token losses."""
+    """Per-sample weighted means of token losses."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.total = torch.zeros(count, device=device)
-        self.count = torch.zeros(count, device=device)
+        self.weight = torch.zeros(count, device=device)
 
-    def add(self, sample: Tensor, losses: Tensor) -> None:
-        self.total = self.total.index_add(0, sample, losses.float())
-        self.count = self.count.index_add(0, sample, torch.ones_like(losses, dtype=torch.float32))
+    def add(self, sample: Tensor, losses: Tensor, weights: Tensor | float) -> None:
+        each = torch.as_tensor(weights, device=losses.device).expand(losses.shape).float()
+        self.total = self.total.index_add(0, sample, losses.float() * each)
+        self.weight = self.weight.index_add(0, sample, each)
 
     def mean(self) -> Tensor:
-        return self.total / self.count.clamp_min(1)
+        return self.total / self.weight.clamp_min(1e-9)
 
 
 def runs(inside: Tensor) -> list[tuple[int, int]]:

@@ -86,14 +86,15 @@ class MotionNetwork:
         hidden = self.hidden(rows, mask, store)[:, -1]
         return State(hidden, mask, store, None if cache else rows)
 
-    def feed(self, state: State, rows: Tensor) -> None:
-        """Read one more row [B, columns]."""
-        state.mask = torch.cat([state.mask, torch.ones((len(rows), 1), dtype=torch.long)], 1)
+    def feed(self, state: State, rows: Tensor, seen: Tensor) -> None:
+        """Read one more row [B, columns] of the samples in `seen` [B]; the others stay where they are."""
+        state.mask = torch.cat([state.mask, seen[:, None].long()], 1)
         if state.rows is None:
-            state.hidden = self.hidden(rows[:, None], state.mask, state.cache)[:, -1]
+            hidden = self.hidden(rows[:, None], state.mask, state.cache)[:, -1]
         else:
             state.rows = torch.cat([state.rows, rows[:, None]], 1)
-            state.hidden = self.hidden(state.rows, state.mask)[:, -1]
+            hidden = self.hidden(state.rows, state.mask)[:, -1]
+        state.hidden = torch.where(seen.to(hidden.device)[:, None], hidden, state.hidden)
 
     def logits(self, state: State, column: int, chosen: Tensor) -> tuple[Tensor, int]:
         """Logits [B, M] of a column and the id that they begin with."""

@@ -27,12 +27,23 @@ ROLE_WORDS = {"start": "start ", "end": "end "}
 
 @dataclass(slots=True)
 class Rows:
-    """A record as tokens: `rows` [S, columns]; `kind` [S]: 0 frame, 1 the user's text, 2 what is to be answered; and
-    `above` [S, L-1], for base_only, the codes of the levels that are not written (-1 elsewhere)."""
+    """A record as tokens: `rows` [S, columns]; `kind` [S]: 0 frame, 1 the user's text, 2 what is to be answered, 3 the
+    words of an answer that say its movement first; and `above` [S, L-1], for base_only, the codes of the levels that
+    are not written (-1 elsewhere)."""
 
     rows: Tensor
     kind: Tensor
     above: Tensor
+
+    @property
+    def learned(self) -> Tensor:
+        """What is to be answered [S]."""
+        return self.kind >= 2
+
+    @property
+    def wordless(self) -> Tensor:
+        """What is left [S] without the words that a movement follows from: the user's, and those said before it."""
+        return self.kind % 2 == 0
 
 
 class Reader:
@@ -90,10 +101,11 @@ class Reader:
             mine = turn.role == "assistant"
             write(assistant if mine else user, 0)
             learned = False
+            last = max((p for p, part in enumerate(turn.parts) if part.type == "motion"), default=-1)
             for p, part in enumerate(turn.parts):
                 kind = 2 if mine and part.role != "rejected" else 0
                 if part.type == "text" and part.text:
-                    write(self.text_ids(part.text), kind if mine else 1)
+                    write(self.text_ids(part.text), (3 if p < last else 2) if mine else 1)
                     learned |= mine
                 elif part.type == "motion":
                     if not mine and part.role in ROLE_WORDS:

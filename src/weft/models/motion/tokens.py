@@ -208,7 +208,7 @@ class Reply:
         if self.motion != "must" and self.written:
             extra += (v.end,)
         if self.written < self.words:
-            return Choice(0, v.text, extra, tuple(i for i in v.special if i < v.text))
+            return Choice(0, v.text, extra, tuple(i for i in v.special if i < v.text), words=True)
         return Choice(0, 0, extra or (v.end,))
 
     def take(self, column: int, token: int) -> None:
