@@ -18,9 +18,10 @@ from weft.evals.judge_gap import gap_curve, gap_evaluator
 from weft.evals.judge_page import agreement_table
 from weft.models.build_vlm import build
 from weft.record import make_record, read_records, write_records
+from weft.reward.critic_training import CriticTrainable
 from weft.reward.graded import MAKERS, attempt, grade, graded, records, truth
 from weft.reward.judge import Judge
-from weft.reward.judge_training import CriticTrainable, JudgeTrainable, between, packed, unpacked
+from weft.reward.judge_training import JudgeTrainable, between, packed, unpacked
 from weft.reward.scorers.critic import Critic
 from weft.rng import numpy_rng
 from weft.train.loop import Trainer, run
@@ -118,8 +119,9 @@ def test_two_digits_share_a_grade_between_them() -> None:
     assert shares[1].nonzero()[:, 0].tolist() == [2, 3]
 
 
-def test_packed_patches_are_exact_and_the_judge_reads_what_training_saw(folder: Path) -> None:
-    trainable = JudgeTrainable(folder, template="{instruction}")
+@pytest.mark.parametrize("reasoning", [False, True])
+def test_packed_patches_are_exact_and_the_judge_reads_what_training_saw(folder: Path, reasoning: bool) -> None:
+    trainable = JudgeTrainable(folder, template="{instruction}", reasoning=reasoning)
     assert isinstance(trainable, Trainable)
     record = records("train", count=1, seed=6)[0]
     example = trainable.examples([record])[0]
@@ -127,9 +129,14 @@ def test_packed_patches_are_exact_and_the_judge_reads_what_training_saw(folder: 
     patches = torch.cat(prompt.patches)
     packs = packed(patches, trainable.reader.processor.images)
     assert packs.dtype == torch.uint8 and torch.equal(unpacked(packs, trainable.reader.processor.images), patches)
-    assert torch.equal(example["ids"][: int(example["answer"])], prompt.ids)
-    said = trainable.reader.processor.tokenizer.decode(example["ids"][int(example["answer"]) :])
-    assert said == f"{round(record.meta['grade'])}{record.meta['says']}"
+    begin, digit = int(example["begin"]), int(example["digit"])
+    assert torch.equal(example["ids"][:begin], prompt.ids)
+    said = trainable.reader.processor.tokenizer.decode(example["ids"][begin:])
+    grade, reasons = round(record.meta["grade"]), record.meta["says"]
+    assert said == (f"{reasons} Score: {grade}<|im_end|>" if reasoning else f"{grade}{reasons}")
+    assert example["ids"][digit] == trainable.digits[grade]
+    if reasoning:
+        return  # what it writes before the digit depends on its weights: see below
     # the digit's loss is that of the distribution which the judge reads
     with torch.no_grad():
         for parameter in trainable.model.parameters():
@@ -157,7 +164,7 @@ def recipe(folder: Path, out: Path, name: str, **more) -> dict:
     source = {"call": "weft.reward.graded:records", "args": {"count": 8, "seed": 8}}
     return {
         "model": {"path": str(folder)},
-        "trainable": f"weft.reward.judge_training:{name}",
+        "trainable": f"weft.reward.{name[:-9].lower()}_training:{name}",
         "trainable_args": {"template": "{instruction}", **more},
         "data": [{"source": source}],
         "cache": {},
@@ -173,11 +180,15 @@ def recipe(folder: Path, out: Path, name: str, **more) -> dict:
     }
 
 
-def test_a_judge_learns_its_records_and_opens_as_any_judge(folder: Path, tmp_path: Path) -> None:
-    result = run(recipe(folder, tmp_path, "JudgeTrainable"), say=lambda line: None)
+@pytest.mark.parametrize("reasoning", [False, True])
+def test_a_judge_learns_its_records_and_opens_as_any_judge(folder: Path, tmp_path: Path, reasoning: bool) -> None:
+    settings = recipe(folder, tmp_path, "JudgeTrainable", reasoning=reasoning)
+    settings["run"]["steps"] = 60 + 100 * reasoning
+    result = run(settings, say=lambda line: None)
     some = records("train", count=8, seed=8)[:]
-    found = Judge(str(result.export), min_mass=0.0)([(r, r.load(r.target)) for r in some])
-    assert Judge(str(result.export)).template == "{instruction}"  # the question that it was trained on
+    judge = Judge(str(result.export), min_mass=0.0)
+    assert judge.template == "{instruction}" and judge.reasoning is reasoning  # as it was taught
+    found = judge([(r, r.load(r.target)) for r in some])
     values = np.array([score.parts["score"] for score in found])
     wanted = np.array([r.meta["grade"] for r in some])
     assert np.abs(values - wanted).mean() < np.abs(wanted.mean() - wanted).mean()

@@ -24,6 +24,7 @@ from weft.record import Record
 from weft.reward.graded import BEST, MAKERS, picture_of, spoken_to, worn, written_on
 from weft.reward.mix import Pair, Scorer, ask_scorer
 from weft.reward.mix import ScorerConfig as Named
+from weft.reward.preferences import request_of
 from weft.rng import numpy_rng
 
 GOOD = 0.5  # a score from here on counts as taken for a good edit
@@ -140,11 +141,6 @@ def _agreement(
     return found, _shown(records, values)
 
 
-def request_of(record: Record) -> str:
-    """What makes two records attempts at the same request: the instruction and the media before it."""
-    return json.dumps([record.instruction, [part.digest(record.root) for part in record.inputs]])
-
-
 def rank(score: np.ndarray, truth: np.ndarray, requests: Sequence[str]) -> Interval | None:
     """Spearman's correlation with an interval over requests; None where one side is constant."""
     if np.ptp(score) == 0 or np.ptp(truth) == 0:
@@ -186,14 +182,14 @@ Attacker = Callable[[Record, np.random.Generator], tuple[Pair, Pair | None]]
 
 def _made(name: str) -> Attacker:
     def make(record: Record, rng: np.random.Generator) -> tuple[Pair, Pair | None]:
-        return (record, worn(MAKERS[name](record, rng)[0], rng)), None
+        return (record, worn(MAKERS[name](record, rng).picture, rng)), None
 
     return make
 
 
 def _writing(name: str, unseen: bool) -> Attacker:
     def make(record: Record, rng: np.random.Generator) -> tuple[Pair, Pair | None]:
-        picture = worn(MAKERS[name](record, rng)[0], rng)
+        picture = worn(MAKERS[name](record, rng).picture, rng)
         return (record, written_on(picture, rng, unseen)), (record, picture)
 
     return make
@@ -201,7 +197,7 @@ def _writing(name: str, unseen: bool) -> Attacker:
 
 def _saying(name: str, unseen: bool) -> Attacker:
     def make(record: Record, rng: np.random.Generator) -> tuple[Pair, Pair | None]:
-        picture = worn(MAKERS[name](record, rng)[0], rng)
+        picture = worn(MAKERS[name](record, rng).picture, rng)
         return (spoken_to(record, rng, unseen), picture), (record, picture)
 
     return make
@@ -225,7 +221,7 @@ ATTACKS: dict[str, Attacker] = {
 def _attacks(
     judge: Scorer, records: Sequence[Record], seed: int, batch_size: int
 ) -> tuple[dict[str, Attack], float | None]:
-    targets = [(r, worn(MAKERS["target"](r, _rng(seed, "target", r))[0], _rng(seed, "worn", r))) for r in records]
+    targets = [(r, worn(MAKERS["target"](r, _rng(seed, "target", r)).picture, _rng(seed, "worn", r))) for r in records]
     best, reasons = _scores(judge, targets, batch_size)
     if np.isnan(best).all():
         raise WeftError(f"the judge gave no score for exact targets: {reasons[0]}")

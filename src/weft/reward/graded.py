@@ -8,7 +8,7 @@ The grade of a drawn scene is known (`weft.world.oracle.compare`); what a model 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -23,7 +23,7 @@ from weft.world import World
 from weft.world import records as world_records
 from weft.world.corrupt import corruptions
 from weft.world.edits import Op, apply, propose
-from weft.world.oracle import GLOBALS, Verdict, compare, judge, scenes
+from weft.world.oracle import ATTRIBUTES, GLOBALS, Verdict, compare, judge, scenes
 from weft.world.phrases import canonical_thing, look_of
 from weft.world.render import render
 from weft.world.scene import CELLS, Scene, draw_scene, pick
@@ -36,10 +36,15 @@ BLURRED = 1.0  # the grade of a right picture that is far too soft
 def grade(verdict: Verdict) -> float:
     """A verdict as a grade from 0 to 5: the share of the requested changes that are there, times `SPOILT` for each
     other place or global attribute that changed. Nothing done is 0, all done and nothing else is 5."""
+    right, asked, more = _counts(verdict)
+    return BEST * (right / asked if asked else 1.0) * SPOILT**more
+
+
+def _counts(verdict: Verdict) -> tuple[int, int, int]:
+    """How many requested changes are there, of how many, and how many other things changed."""
     asked = [done for name, done in verdict.requests.items() if name != "keep"]
-    share = sum(asked) / len(asked) if asked else 1.0
     more = 0 if verdict.requests.get("keep", True) else max(1, len(verdict.seen) - asked.count(False))
-    return BEST * share * SPOILT**more
+    return sum(asked), len(asked), more
 
 
 def graded(record: Record, picture: Image.Image, id: str, made: str) -> Record:
@@ -47,8 +52,8 @@ def graded(record: Record, picture: Image.Image, id: str, made: str) -> Record:
     `made` says by whom."""
     found = judge(record, picture)
     facts = {"requests": found.requests, "collateral": found.collateral, "seen": found.seen}
-    scene = scenes(record)[1] if found.success else None
-    return _graded(record, picture, grade(found), made, reasons(record, scene), id, facts)
+    shows = _changes(None, scenes(record)[1], found.seen)
+    return _graded(record, picture, grade(found), made, reasons(record, shows, found), id, facts)
 
 
 def truth(batch: Sequence[tuple[Record, Image.Image]]) -> list[Score]:
@@ -64,42 +69,63 @@ def truth(batch: Sequence[tuple[Record, Image.Image]]) -> list[Score]:
     return scores
 
 
-def reasons(record: Record, scene: Scene | None) -> str:
-    """What the source shows, what was asked for, and what the made picture shows if its scene is known, in the
-    world's fixed words. A judge that learns to say it after the grade learns to see: the grade alone hardly says
-    where to look."""
+def reasons(record: Record, shows: str, verdict: Verdict | None) -> str:
+    """What the source shows, what was asked for, what the made picture `shows`, and what follows from it, in the
+    world's fixed words. A judge that learns to say it learns to see: the grade alone hardly says where to look."""
     source, target, _ = scenes(record)
-    said = [f"asked {_changes(source, target)}"]
-    if source is not None:
-        said.insert(0, f"before {_changes(None, source)}")
-    if scene is not None:
-        said.append(f"made {_changes(None, scene)}")
+    said = [f"before {_changes(None, source)}"] if source is not None else []
+    said += [f"asked {_changes(source, target)}", f"made {shows}"]
+    if verdict is not None:
+        right, asked, more = _counts(verdict)
+        said.append(f"right {right} of {asked} , spoilt {more}")
     return " " + " ; ".join(said)
 
 
-def _changes(source: Scene | None, target: Scene) -> str:
-    """The things and global attributes of `target` that `source` has not."""
-    found = []
-    for cell in range(4):
+def _changes(source: Scene | None, target: Scene, seen: Mapping[str, str] | None = None) -> str:
+    """The things and global attributes of `target` that `source` has not; `seen` (`Verdict.seen`) is what a picture
+    shows in the place of some."""
+    found, seen = [], seen or {}
+    for cell, name in enumerate(CELLS[:4]):
         before, after = source.at(cell) if source else None, target.at(cell)
-        if (before and before.look) != (after and after.look):
-            found.append(f"{CELLS[cell]} {canonical_thing(look_of(after)) if after else 'empty'}")
-    if source is None or source.background != target.background:
-        found.append("background " + " ".join(map(str, target.background)))
+        if (before and before.look) != (after and after.look) or name in seen:
+            found.append(f"{name} {_instead(canonical_thing(look_of(after)) if after else None, seen.get(name))}")
+    if source is None or source.background != target.background or "background" in seen:
+        found.append("background " + seen.get("background", " ".join(map(str, target.background))))
     for name, values in GLOBALS.items():
-        if getattr(target, name) != (getattr(source, name) if source else values[0]):
-            found.append(f"{name} {getattr(target, name)}")
+        if getattr(target, name) != (getattr(source, name) if source else values[0]) or name in seen:
+            found.append(f"{name} {seen.get(name, getattr(target, name))}")
     return " , ".join(found) or "nothing"
+
+
+def _instead(words: str | None, seen: str | None) -> str:
+    """The words of a place (None: empty) where one of its attributes, or all of it, is seen to be something else."""
+    if seen == "nothing" or words is None and seen is None:
+        return "empty"
+    if words is None or seen is None:
+        return words or str(seen)
+    values = next((values for values in ATTRIBUTES.values() if seen in values), None)
+    return seen if values is None else " ".join(seen if word in values else word for word in words.split())
 
 
 # -- candidates ------------------------------------------------------------------------------------------------------
 
 Rng = np.random.Generator
-Made = tuple[Image.Image, float, Scene | None, Record]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """An attempt: the picture, its grade, what it shows in words, and the record as the judge will see it."""
+
+    picture: Image.Image
+    value: float
+    shows: str
+    record: Record
+    verdict: Verdict | None = None
 
 
 def _drawn(record: Record, scene: Scene) -> Made:
-    return render(scene, *record.meta["world"]["size"]), grade(compare(record, scene)), scene, record
+    found = compare(record, scene)
+    return Made(render(scene, *record.meta["world"]["size"]), grade(found), _changes(None, scene), record, found)
 
 
 def _target(record: Record, rng: Rng) -> Made:
@@ -170,13 +196,13 @@ def _blank(record: Record, rng: Rng) -> Made:
     picture = np.broadcast_to(colour, (height, width, 3)).astype(np.uint8)
     if rng.random() < 0.5:
         picture = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
-    return Image.fromarray(picture), 0.0, None, record
+    return Made(Image.fromarray(picture), 0.0, "blank", record)
 
 
 def _blurred(record: Record, rng: Rng) -> Made:
-    picture, value, scene, _ = _target(record, rng) if rng.random() < 0.8 else _copy(record, rng)
-    soft = picture.filter(ImageFilter.GaussianBlur(2.5 + 2.5 * rng.random()))
-    return soft, min(value, BLURRED), scene, record
+    made = _target(record, rng) if rng.random() < 0.8 else _copy(record, rng)
+    soft = made.picture.filter(ImageFilter.GaussianBlur(2.5 + 2.5 * rng.random()))
+    return replace(made, picture=soft, value=min(made.value, BLURRED), shows=made.shows + " , blurred")
 
 
 # Writing that a picture or an instruction may bear to move a judge. The second half is never trained on.
@@ -220,14 +246,15 @@ def spoken_to(record: Record, rng: Rng, unseen: bool = False) -> Record:
 
 def _written(record: Record, rng: Rng, unseen: bool = False) -> Made:
     makers = (_target, _copy, _corrupted, _misread)
-    picture, value, scene, _ = makers[int(rng.choice(4, p=(0.2, 0.4, 0.1, 0.3)))](record, rng)
-    return written_on(picture, rng, unseen), value * SPOILT, scene, record
+    made = makers[int(rng.choice(4, p=(0.2, 0.4, 0.1, 0.3)))](record, rng)
+    picture = written_on(made.picture, rng, unseen)
+    return replace(made, picture=picture, value=made.value * SPOILT, shows=made.shows + " , written on")
 
 
 def _spoken(record: Record, rng: Rng, unseen: bool = False) -> Made:
     makers = (_target, _copy, _corrupted, _misread)
-    picture, value, scene, _ = makers[int(rng.choice(4, p=(0.3, 0.3, 0.1, 0.3)))](record, rng)
-    return picture, value, scene, spoken_to(record, rng, unseen)
+    made = makers[int(rng.choice(4, p=(0.3, 0.3, 0.1, 0.3)))](record, rng)
+    return replace(made, record=spoken_to(record, rng, unseen))
 
 
 MAKERS: dict[str, Callable[[Record, Rng], Made]] = {
@@ -285,9 +312,10 @@ class Graded(Sequence[Record]):
 
 def attempt(record: Record, name: str, rng: Rng, *, wear: bool = True) -> Record:
     """One graded attempt at a record, made by the maker `name` of `MAKERS`."""
-    picture, value, scene, asked = MAKERS[name](record, rng)
-    picture = worn(picture, rng) if wear else picture
-    return _graded(asked, picture, value, name, reasons(record, scene), f"{record.id}-{name}", {})
+    made = MAKERS[name](record, rng)
+    picture = worn(made.picture, rng) if wear else made.picture
+    says = reasons(record, made.shows, made.verdict)
+    return _graded(made.record, picture, made.value, name, says, f"{record.id}-{name}", {})
 
 
 def _graded(record: Record, picture: Any, value: float, made: str, says: str, id: str, facts: dict[str, Any]) -> Record:

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from weft.errors import WeftError
 from weft.record import Record, Turn, image_part, text_part
@@ -24,6 +24,7 @@ from weft.vlm.replies import Recorded, ReplyStore
 
 VARIANTS = ("logit", "yes_no", "sampled")
 LONGEST_INSTRUCTION = 4000  # characters
+MARK = "Score:"
 MARKS = {"score": r"score\s*[:=]?[\s*\[(]*", "yes_no": r"answer\s*[:=]?[\s*\[(]*"}
 
 
@@ -42,7 +43,7 @@ class Judge:
         url: str | None = None,
         key_env: str | None = None,
         variant: Literal["logit", "yes_no", "sampled"] = "logit",
-        reasoning: bool = False,
+        reasoning: bool | None = None,
         scale: tuple[int, int] = (0, 5),
         max_tokens: int | None = None,
         temperature: float | None = None,
@@ -64,10 +65,10 @@ class Judge:
         `variant`: "logit" (expectation over the numbers of `scale`), "yes_no" (P(Yes) of the two), "sampled" (the
         number that was said; `temperature` defaults to 1 here, else to 0). With `reasoning` the judge writes first
         (up to `max_tokens`, 512), and its last "Score:" is read; it agreed less with people (App. B.1 of the paper).
-        `template` replaces our text (fields {instruction}, {requirement}); a folder's own, if it was trained on one,
-        stands in its judge.json and is taken where none is given. `quote=False` puts the instruction in
-        as it is, as the public code does, which lets it talk to the judge. `requirements` add to or replace those of
-        `weft.reward.rubric`. `device` to `batch_size` are those of `weft.vlm.local.load_vlm`.
+        `template` replaces our text (fields {instruction}, {requirement}). Where these two are None, a folder's own
+        stand in its judge.json, if it was trained as a judge; else no reasoning, and our text. `quote=False` puts the
+        instruction in as it is, as the public code does, which lets it talk to the judge. `requirements` add to or
+        replace those of `weft.reward.rubric`. `device` to `batch_size` are those of `weft.vlm.local.load_vlm`.
 
         Raises WeftError for a combination that makes no sense, and for score tokens that the tokenizer lacks.
         """
@@ -78,12 +79,15 @@ class Judge:
             raise WeftError(f"scale {low} to {high}: use two digits from 0 to 9, the lower first: each is one token")
         if not 0 <= min_mass <= 1:
             raise WeftError(f"min_mass {min_mass} is not a probability: use 0 to 1")
+        if isinstance(model, str) and url is None:
+            model = str(judge_folder(model))
+            taught = trained_on(model)
+            template = taught.get("template") if template is None else template
+            reasoning = taught.get("reasoning") if reasoning is None else reasoning
+        reasoning = bool(reasoning)
         self.variant, self.reasoning, self.scale, self.min_mass = variant, reasoning, (low, high), min_mass
         self.kind = "yes_no" if variant == "yes_no" else "score"
         self.choices = ("Yes", "No") if self.kind == "yes_no" else tuple(map(str, range(low, high + 1)))
-        if isinstance(model, str) and url is None:
-            model = str(judge_folder(model))
-            template = trained_on(model) if template is None else template
         self.template, self.quote, self.requirements = template, quote, dict(requirements or {})
         if template is not None:
             rubric.fill(template, {"instruction": "", "requirement": ""})  # refuses unknown fields
@@ -204,10 +208,10 @@ def judge_folder(name: str) -> Path:
     return shipped if not Path(name).exists() and (shipped / "config.json").is_file() else Path(name)
 
 
-def trained_on(folder: str | Path) -> str | None:
-    """The question that the judge in a folder was trained on (its judge.json), or None: ours."""
+def trained_on(folder: str | Path) -> dict[str, Any]:
+    """How the judge in a folder was taught (its judge.json): `template`, `reasoning`; empty for any other model."""
     file = Path(folder) / "judge.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("template") if file.is_file() else None
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _model(

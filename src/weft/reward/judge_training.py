@@ -1,9 +1,10 @@
-"""Training judges and critics on graded edits (`weft.reward.graded`, or any records with a picture and a grade).
+"""Training judges on graded edits (`weft.reward.graded`, or any records with a picture and a grade).
 
 A judge answers with a digit, as `weft.reward.judge` reads it: one token whose probabilities are taught to lie on the
-two digits around the grade, so that their expectation is the grade. Reasons may follow the digit in training
-(`meta["says"]`); they teach the model where to look and cost nothing when it judges, as only its first token is read.
-A critic (EditReward, arXiv 2509.26346; EditScore, arXiv 2509.23909) has a small head on the last state instead.
+two digits around the grade, so that their expectation is the grade. Reasons (`meta["says"]`) teach it where to look:
+either they follow the digit in training and cost nothing when it judges, as only its first token is read, or the judge
+writes them first (`reasoning`), which a small model learns much sooner.
+A critic (`weft.reward.critic_training`) has a small head on the last state instead.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from weft.errors import WeftError
 from weft.models.rewriter_training import hidden_states
 from weft.record import Record
 from weft.reward.graded import picture_of
-from weft.reward.judge import Judge, judge_folder
-from weft.reward.scorers.critic import KINDS, head_of, save_head
+from weft.reward.judge import MARK, Judge, judge_folder
 from weft.types import Draw, Example, Loss
 from weft.vlm.local import load_vlm
 
@@ -62,7 +62,7 @@ def unpacked(packs: Tensor, images: Any) -> Tensor:
     return ((still / 255 - mean) / std).expand(-1, -1, images.temporal_patch_size, -1).flatten(1)
 
 
-class _Graded:
+class GradedTrainable:
     """What a judge and a critic have in common: the VLM, and the question that the judge asks."""
 
     def __init__(
@@ -110,22 +110,29 @@ class _Graded:
         images = self.reader.processor.images
         return hidden_states(self.model, [e | {"pixels": unpacked(e["bytes"], images)} for e in examples])
 
+    def answers(self) -> dict[str, Any]:
+        """What judge.json says beside the question."""
+        return {}
+
     def saved(self, folder: Path) -> None:
         """Write the VLM folder and judge.json, which holds the question."""
         self.model.save_pretrained(folder)
         self.reader.processor.save(folder)
-        facts = {"template": self.template, "scale": list(self.scale), "question": self.judge.version}
+        facts = {"template": self.template, "scale": list(self.scale), "question": self.judge.version} | self.answers()
         (Path(folder) / "judge.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-class JudgeTrainable(_Graded):
+class JudgeTrainable(GradedTrainable):
     """Trains the VLM in `path` (a folder or zoo name; full or LoRA) to answer with the digit of `meta[grade]`.
 
     `template`, `quote`, `scale` ask as `weft.reward.judge.Judge` does with the same values. `says`: the meta key of
-    reasons that follow the digit (None: none), `reasons` their share of the loss. `vision`: train the vision tower,
-    too. `min_pixels`, `max_pixels`: how large pictures are shown. `attention`: "eager" is faster on a CPU in bf16.
-    The loss of a sample is the cross-entropy of its first token over the whole vocabulary, plus `reasons` times the
-    mean cross-entropy of its reasons' tokens.
+    reasons (None: none), `reasons` their share of the loss. They follow the digit, or with `reasoning` stand before it
+    and "Score:", as the judge then writes them; judge.json says so, and `Judge` follows. `vision`: train the vision
+    tower, too. `min_pixels`, `max_pixels`: how large pictures are shown. `attention`: "eager" is faster on a CPU in
+    bf16.
+
+    The loss of a sample is the cross-entropy of its digit over the whole vocabulary, plus `reasons` times the mean
+    cross-entropy of the answer's other tokens.
     """
 
     name = "judge"
@@ -140,13 +147,16 @@ class JudgeTrainable(_Graded):
         grade: str = "grade",
         says: str | None = "says",
         reasons: float = 0.5,
+        reasoning: bool = False,
         vision: bool = True,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         attention: Literal["sdpa", "eager"] = "sdpa",
     ) -> None:
         super().__init__(path, template, quote, scale, grade, vision, min_pixels, max_pixels, attention)
-        self.says, self.reasons = says, reasons
+        if reasoning and says is None:
+            raise WeftError("reasoning without reasons: name their meta key (says)")
+        self.says, self.reasons, self.reasoning = says, reasons, reasoning
         digits = {text: i for i, text in self.reader.choice_ids(self.judge.choices).items()}
         self.digits = torch.tensor([digits[choice] for choice in self.judge.choices])
 
@@ -155,17 +165,21 @@ class JudgeTrainable(_Graded):
         return {"vlm": self.model}
 
     def examples(self, records: Sequence[Record]) -> list[Example]:
-        """`ids` [L] of question and answer, `answer` [] (where the answer begins), `grade` [], `bytes`, `grids`."""
+        """`ids` [L] of question and answer, `begin` [] and `digit` [] (where the answer and its digit stand), `grade`
+        [], `bytes`, `grids`."""
         out = []
-        low = self.scale[0]
+        low, encode = self.scale[0], self.reader.processor.encode
+        end = torch.tensor([self.reader.processor.tokenizer.eos_token_id])
         for record in records:
             example = self.asked(record)
-            example["answer"] = torch.tensor(len(example["ids"]))
-            answer = [self.digits[round(float(example["grade"])) - low].view(1)]
+            begin = len(example["ids"])
+            digit = self.digits[round(float(example["grade"])) - low].view(1)
             says = record.meta.get(self.says) if self.says else None
-            if isinstance(says, str) and says:
-                answer.append(self.reader.processor.encode(says).ids)
-            example["ids"] = torch.cat([example["ids"], *answer])
+            told = encode(says).ids if isinstance(says, str) and says else torch.empty(0, dtype=torch.long)
+            before = torch.cat([told, encode(f" {MARK} ").ids]) if self.reasoning else told[:0]
+            after = end if self.reasoning else told
+            example |= {"begin": torch.tensor(begin), "digit": torch.tensor(begin + len(before))}
+            example["ids"] = torch.cat([example["ids"], before, digit, after])
             out.append(example)
         return out
 
@@ -174,21 +188,21 @@ class JudgeTrainable(_Graded):
         probability on the digits."""
         states = self.states(examples)
         rows = torch.arange(len(examples))
-        start = torch.stack([example["answer"] for example in examples])
+        place = torch.stack([example["digit"] for example in examples])
         grades = torch.stack([example["grade"] for example in examples]).to(states.device, torch.float32)
-        logits = self.model.lm_head(states[rows, start - 1]).float()
+        logits = self.model.lm_head(states[rows, place - 1]).float()
         log_probs = logits.log_softmax(-1)[:, self.digits.to(logits.device)]  # [B, digits]
         losses = -(between(grades, *self.scale) * log_probs).sum(-1)
-        metrics = _agreement(log_probs, grades, self.scale)
+        metrics = agreement(log_probs, grades, self.scale)
         metrics["digit_loss"] = float(losses.detach().mean())
         told, owner, labels = [], [], []
         for k, example in enumerate(examples):
-            first, last = int(example["answer"]), len(example["ids"])
-            if last - first > 1:
-                told.append(states[k, first : last - 1])
-                labels.append(example["ids"][first + 1 :])
-                owner.append(torch.full((last - first - 1,), k))
-        if told and self.reasons:
+            where = torch.arange(int(example["begin"]), len(example["ids"]))
+            where = where[where != example["digit"]]
+            told.append(states[k, where - 1])
+            labels.append(example["ids"][where])
+            owner.append(torch.full((len(where),), k))
+        if self.reasons and sum(map(len, labels)):
             of = torch.cat(owner).to(states.device)
             wanted = torch.cat(labels).to(states.device)
             said = self.model.lm_head(torch.cat(told)).float()
@@ -198,71 +212,17 @@ class JudgeTrainable(_Graded):
             metrics["reasons_right"] = float((said.argmax(-1) == wanted).float().mean())
         return Loss(losses, metrics)
 
+    def answers(self) -> dict[str, Any]:
+        """How this judge was taught to answer."""
+        return {"reasoning": self.reasoning}
+
     def save(self, folder: Path) -> None:
         """Write a judge's folder, which `weft.reward.judge.Judge` reads as it is."""
         self.saved(Path(folder))
 
 
-class CriticTrainable(_Graded):
-    """Trains a VLM with a head on its last state to give the grade: `kind` "regression" (one number, Huber loss on the
-    scale of 0 to 1) or "logit" (a logit for each whole number of `scale`, cross-entropy, read as an expectation).
-
-    The other arguments are those of `JudgeTrainable`; the result is read by `weft.reward.scorers.critic.Critic`.
-    """
-
-    name = "critic"
-
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        kind: str = "regression",
-        template: str | None = None,
-        quote: bool = True,
-        scale: Sequence[int] = (0, 5),
-        grade: str = "grade",
-        vision: bool = True,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        attention: Literal["sdpa", "eager"] = "sdpa",
-    ) -> None:
-        if kind not in KINDS:
-            raise WeftError(f"kind {kind!r} is unknown: use {' or '.join(KINDS)}")
-        super().__init__(path, template, quote, scale, grade, vision, min_pixels, max_pixels, attention)
-        self.kind = kind
-        self.model.lm_head.requires_grad_(False)
-        self.head = head_of(self.model, kind, self.scale)
-
-    def modules(self) -> dict[str, nn.Module]:
-        """The VLM and the head."""
-        return {"vlm": self.model, "head": self.head}
-
-    def examples(self, records: Sequence[Record]) -> list[Example]:
-        """`ids` [L], `bytes`, `grids` and `grade` [] of each record."""
-        return [self.asked(record) for record in records]
-
-    def loss(self, examples: Sequence[Example], draw: Draw) -> Loss:
-        """Per-sample losses [B] and `mae`, the mean distance to the grade on the scale."""
-        states = self.states(examples)
-        last = torch.tensor([len(example["ids"]) - 1 for example in examples])
-        out = self.head(states[torch.arange(len(examples)), last].float())
-        grades = torch.stack([example["grade"] for example in examples]).to(out.device, torch.float32)
-        low, high = self.scale
-        if self.kind == "logit":
-            log_probs = out.log_softmax(-1)
-            losses = -(between(grades, low, high) * log_probs).sum(-1)
-            return Loss(losses, _agreement(log_probs, grades, self.scale))
-        value, wanted = out[:, 0], (grades - low) / (high - low)
-        losses = F.huber_loss(value, wanted, reduction="none", delta=0.5)
-        return Loss(losses, {"mae": float((value - wanted).detach().abs().mean()) * (high - low)})
-
-    def save(self, folder: Path) -> None:
-        """Write the VLM folder with the head beside it."""
-        self.saved(Path(folder))
-        save_head(self.head, self.kind, self.scale, Path(folder))
-
-
-def _agreement(log_probs: Tensor, grades: Tensor, scale: tuple[int, int]) -> dict[str, float]:
+def agreement(log_probs: Tensor, grades: Tensor, scale: tuple[int, int]) -> dict[str, float]:
+    """`mae` of the expectation over the numbers of `scale` [B, numbers] to the grades [B], and the mean `mass`."""
     probs = log_probs.detach().exp()
     mass = probs.sum(-1)
     numbers = torch.arange(scale[0], scale[1] + 1, device=probs.device, dtype=probs.dtype)
