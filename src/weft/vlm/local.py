@@ -119,6 +119,7 @@ class LocalVLM:
         ends = [ends] if isinstance(ends, int) else list(ends or [])
         self.ends = {*ends, processor.tokenizer.eos_token_id} - {None}
         self._lock = threading.Lock()
+        self._texts: dict[int, str] = {}  # of single tokens
         self._inside: Tensor | None = None  # tokens that may stand inside a text of a structured reply
 
     def ask(self, questions: Sequence[Question], how: Ask) -> list[Reply]:
@@ -311,14 +312,18 @@ class LocalVLM:
         return [min(place, log_probs.shape[-1] - 1) for place in places]
 
     def _token(self, row: Tensor, picked: int, how: Ask, wanted: Tensor, choices: dict[int, str]) -> Token:
-        decode = self.processor.tokenizer.decode
         best = row.topk(min(how.top, len(row)))
         top: dict[str, float] = {}
         for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-            top.setdefault(choices.get(i) or decode([i]), value)
+            top.setdefault(choices.get(i) or self._text(i), value)
         for i in wanted.tolist():
             top[choices[i]] = float(row[i])
-        return Token(choices.get(picked) or decode([picked]), float(row[picked]), top)
+        return Token(choices.get(picked) or self._text(picked), float(row[picked]), top)
+
+    def _text(self, token: int) -> str:
+        if token not in self._texts:
+            self._texts[token] = self.processor.tokenizer.decode([token])
+        return self._texts[token]
 
 
 def _starts(item: Encoded) -> list[int]:
