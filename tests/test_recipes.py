@@ -51,14 +51,14 @@ def folders(tmp_path_factory):
     }
 
 
-def tiny_source(source, group, graded=False, motion=False):
+def tiny_source(source, group, graded=None, motion=False):
     """The embedded world in place of a real set; a source that is the world already keeps its own arguments."""
     if motion and source.get("kind") is not None:
         return {"call": "tiny_motion:corpus"}
     if source.get("call", "").startswith(("weft.world:", "weft.world.motions:", "weft.reward.graded:")):
         return {**source, "args": {**source.get("args", {}), "count": 4}}
     if graded:
-        return {"call": "weft.reward.graded:records", "args": {"count": 4}}
+        return {"call": graded, "args": {"count": 4}}
     task = group if group in TASKS else "generate" if "gen" in group else "edit"
     return {"call": "weft.world:records", "args": {"count": 4, "tasks": [task]}}
 
@@ -74,9 +74,13 @@ def shrunk(path, folders, out):
             args |= {"queries": 4, "connector": sizes}
         if "transformer" in args:
             args["transformer"] = str(folders[""])
+    args |= {key: 4096 for key in ("min_pixels", "max_pixels") if key in args}  # the world's pictures as they are
     if "target" in args:
         args |= {"target": "canonical", "fit": "none"}
-    graded = tree.get("trainable", "").startswith("weft.reward.judge_training:")
+    graded = None
+    if tree.get("trainable", "").startswith("weft.reward."):
+        compared = args.get("kind") == "ranking"
+        graded = "weft.reward.preferences:attempts" if compared else "weft.reward.graded:records"
     motion = tree.get("trainable", "").startswith("weft.models.motion.")
     for item in tree["data"]:
         item["source"] = tiny_source(item["source"], item.get("batch_group", "edit"), graded, motion)

@@ -19,7 +19,7 @@ from weft.models.weights import read_json
 from weft.record import make_record
 from weft.vlm.local import CLASSES, LocalVLM, load_vlm
 
-CARDS = ("weft.json", "judge.json", "critic.safetensors")
+CARDS = ("weft.json", "judge.json", "critic.json", "critic.safetensors")
 """What weft keeps beside a VLM's weights: how it answers."""
 
 

@@ -25,8 +25,7 @@ from weft.world import records as world_records
 
 def candidates(record: Record, key: str = "grade") -> tuple[list[Part], list[float]]:
     """The pictures of a comparison and their grades (NaN: missing). Raises WeftError for a record that is none."""
-    answers = record.turns[record.turns.index(record.request) + 1 :]
-    pictures = [part for turn in answers for part in turn.parts if part.type == "image"]
+    pictures = [part for turn in record.turns[_asked(record) :] for part in turn.parts if part.type == "image"]
     if len(pictures) < 2:
         raise WeftError(
             f"record {record.id!r} has {len(pictures)} picture to compare: put two or more attempts into the assistant "
@@ -36,12 +35,17 @@ def candidates(record: Record, key: str = "grade") -> tuple[list[Part], list[flo
     if said is None:
         grades = [0.0 if part.role == "rejected" else 1.0 for part in pictures]
         if len(set(grades)) < 2:
-            raise WeftError(f'record {record.id!r} does not say which is better: list meta["{key}"], or mark `rejected`')
+            raise WeftError(f'record {record.id!r} does not say which is better: list meta["{key}"] or mark `rejected`')
         return pictures, grades
     if not isinstance(said, list) or len(said) != len(pictures):
         count = len(said) if isinstance(said, list) else repr(said)
         raise WeftError(f'record {record.id!r}: meta["{key}"] is {count} for {len(pictures)} pictures: list one each')
     return pictures, [_number(value, f'record {record.id!r}: meta["{key}"][{k}]') for k, value in enumerate(said)]
+
+
+def _asked(record: Record) -> int:
+    """How many turns there are up to the last request, with it."""
+    return max((k + 1 for k, turn in enumerate(record.turns) if turn.role == "user"), default=0)
 
 
 def _number(value: Any, where: str) -> float:
@@ -78,9 +82,9 @@ def group(records: Iterable[Record], key: str = "grade", where: str = "records")
     for record in records:
         requests.setdefault(request_of(record), []).append(record)
     found = Comparisons()
-    for attempts in requests.values():
-        if sum(record.meta.get(key) is not None for record in attempts) >= 2:
-            found.append(_joined(attempts, key))
+    for tries in requests.values():
+        if sum(record.meta.get(key) is not None for record in tries) >= 2:
+            found.append(_joined(tries, key))
     left = len(requests) - len(found)
     if not found:
         raise WeftError(f"{where}: none of {len(requests)} requests has two graded attempts to compare")
@@ -89,18 +93,17 @@ def group(records: Iterable[Record], key: str = "grade", where: str = "records")
     return found
 
 
-def _joined(attempts: Sequence[Record], key: str) -> Record:
+def _joined(tries: Sequence[Record], key: str) -> Record:
     """One record of attempts at a request; what their meta have in common stays."""
-    first = attempts[0]
-    common = {k: v for k, v in first.meta.items() if all(k in r.meta and r.meta[k] == v for r in attempts)}
-    pictures = []
-    for record in attempts:
+    first = tries[0]
+    common = {k: v for k, v in first.meta.items() if all(k in r.meta and r.meta[k] == v for r in tries)}
+    pictures: list[Part] = []
+    for record in tries:
         if record.target is None or record.target.type != "image":
             raise WeftError(f"record {record.id!r} has no picture to compare: its assistant turn must hold one")
         pictures.append(replace(record.target, role=None))
-    meta = {**common, key: [r.meta.get(key) for r in attempts], "attempts": [r.id for r in attempts]}
-    turns = first.turns[: first.turns.index(first.request) + 1]
-    return replace(first, turns=[*turns, Turn("assistant", list(pictures))], meta=meta)
+    meta = {**common, key: [r.meta.get(key) for r in tries], "attempts": [r.id for r in tries]}
+    return replace(first, turns=[*first.turns[: _asked(first)], Turn("assistant", pictures)], meta=meta)
 
 
 @dataclass(frozen=True)

@@ -80,12 +80,6 @@ def combined(scores: Tensor, how: str) -> Tensor:
     return torch.cat([scores[..., :1].sum(1), (2 * scores[..., 1:]).logsumexp(1) / 2], -1)
 
 
-def win_probability(better: Tensor, worse: Tensor) -> Tensor:
-    """P [P] that the first of two scores [P, 1 or 2] wins."""
-    form = "bradley_terry" if better.shape[-1] == 1 else "uncertainty"
-    return (-ranking_loss(better, worse, form)).exp()
-
-
 def right_order(gaps: Tensor) -> float:
     """The share of gaps (better minus worse) [P] above 0, equal scores counting one half; NaN without pairs."""
     return float(((gaps.sign() + 1) / 2).mean()) if len(gaps) else math.nan

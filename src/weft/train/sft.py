@@ -77,21 +77,24 @@ def held_out(
 ) -> dict[str, float]:
     """Mean loss of fixed examples with fixed noise: at each sigma for a flow model, plain otherwise (no options)."""
     sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)  # a metric that a batch has nothing for is not 0 there
     for start in range(0, len(examples), batch):
         part, names = examples[start : start + batch], list(ids[start : start + batch])
         draw = Draw(seed, 0, names)
         if options is None:
             result = model.loss(part, draw)
             sums["loss"] += float(result.per_sample.sum())
+            counts["loss"] += len(part)
             for key, value in result.metrics.items():
                 sums[key] += value * len(part)
+                counts[key] += len(part)
             continue
         from weft.models.flow import flow_matching_loss
 
         for sigma in sigmas:
             result = flow_matching_loss(model, part, draw, options, sigma=[sigma] * len(part))
             sums[f"loss@{sigma:g}"] += float(result.per_sample.sum())
-    means = {key: value / len(examples) for key, value in sums.items()}
+    means = {key: value / counts.get(key, len(examples)) for key, value in sums.items()}
     if options is not None:
         means["loss"] = sum(means[f"loss@{s:g}"] for s in sigmas) / len(sigmas)
     return means
