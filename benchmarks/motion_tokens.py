@@ -1,16 +1,21 @@
 """Speed of motion tokens on one machine: ratios, printed per serialisation.
 
-    python benchmarks/motion_tokens.py [FOLDER] [--clips 1000] [--seconds 9.8] [--threads 2] [--cpu]
+    python benchmarks/motion_tokens.py [FOLDER] [--clips 1000] [--seconds 9.8] [--threads 2] [--cpu] [--json FILE]
+    python benchmarks/motion_tokens.py --width 768 --layers 12 --clips 0
 
 1. Tokenising mixed-length clips in masked batches against one by one, feature extraction included and apart; the
    codes are compared. 2. Generation at batch 1 with the KV cache against reading everything again at every token.
 3. Generation at batch 8 against real time. Without FOLDER the networks are those of recipes/tiny/motion_model.yaml
-with random weights: speed does not depend on training, only on sizes.
+with random weights: speed does not depend on training, only on sizes. `--width` and `--layers` change those of the
+transformer: of the tiny one a step costs Python's time, of a larger one the network's, where the cache saves.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import platform
 import sys
 import tempfile
 import time
@@ -53,7 +58,7 @@ def seconds(work: Callable[[], Any]) -> float:
     return CLOCK() - start
 
 
-def tokenising(model: MotionLM, count: int) -> None:
+def tokenising(model: MotionLM, count: int) -> dict[str, float]:
     draw = np.random.default_rng(0)
     clips = [Motion(procedural(int(n), k % 50)) for k, n in enumerate(draw.integers(40, 200, count))]
     codec = model.codec
@@ -78,9 +83,10 @@ def tokenising(model: MotionLM, count: int) -> None:
     print(
         f"  of it features {features:.2f} s; the network alone: ratio {seconds(alone_net) / (batched - features):.1f}"
     )
+    return {"clips": count, "ratio": ratio, "times_real": times, "codes_compared": total, "codes_differ": different}
 
 
-def generating(model: MotionLM, length: float) -> None:
+def generating(model: MotionLM, length: float) -> dict[str, float]:
     source = motion_part(Motion(procedural(int(length * 20), 1)), "source")
     edit = Record("e", "edit", [Turn("user", [source, text_part("a person walks in a circle")])])
     text = Record("g", "generate", [Turn("user", [text_part("a person walks in a circle")])])
@@ -99,6 +105,12 @@ def generating(model: MotionLM, length: float) -> None:
     cached = f"cache {ratios['text']:.1f}x (text), {ratios['edit']:.1f}x (edit)"
     fast = f"batch 8: {8 * length / eight:.0f}x real time, {1000 * eight / rows:.1f} ms a row"
     print(f"{name:10} {rows:4} rows for {length:g} s: {cached}; {fast}", flush=True)
+    return {
+        "rows": rows,
+        "cache_text": ratios["text"],
+        "cache_edit": ratios["edit"],
+        "times_real_batch_8": 8 * length / eight,
+    }
 
 
 def main() -> None:
@@ -107,6 +119,9 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=9.8)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--width", type=int, help="of the transformer; heads of 64 from 512 on")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--json", help="write the figures here, too")
     parser.add_argument("--cpu", action="store_true", help="count processor time: with one thread, on a busy machine")
     options = parser.parse_args()
     if options.cpu:
@@ -114,15 +129,29 @@ def main() -> None:
         CLOCK = time.process_time
         options.threads = 1
     torch.set_num_threads(options.threads)
+    figures: dict[str, Any] = {"command": sys.argv[1:], "threads": options.threads, "torch": torch.__version__,
+                               "cores": os.cpu_count(), "machine": platform.machine()}  # fmt: skip
+
+    def measured(model: MotionLM, clips: int) -> None:
+        if clips:
+            figures["tokenising"] = tokenising(model, clips)
+        figures[model.options.serialisation] = generating(model, options.seconds)
+
     if options.folder is not None:
-        model = load(options.folder, device="cpu")
-        tokenising(model, options.clips)
-        generating(model, options.seconds)
+        measured(load(options.folder, device="cpu"), options.clips)
+        keep(figures, options.json)
         return
     settings = yaml.safe_load((ROOT / "recipes" / "tiny" / "motion_model.yaml").read_text("utf-8"))
     settings["statistics"] = settings["corpus"] = {"kind": "python", "path": f"{__file__}:corpus"}
     settings["tokenizer"]["min_count"] = 1
-    settings["transformer"]["vocab_size"] = 1000  # the world's words
+    network = settings["transformer"]
+    network["vocab_size"] = 1000  # the world's words
+    network["num_hidden_layers"] = options.layers or network["num_hidden_layers"]
+    if options.width:
+        side = 64 if options.width >= 512 else network["head_dim"]
+        network |= {"hidden_size": options.width, "intermediate_size": 4 * options.width, "head_dim": side,
+                    "query_pre_attn_scalar": side, "num_attention_heads": options.width // side,
+                    "num_key_value_heads": max(1, options.width // side // 2)}  # fmt: skip
     sizes = {"width": 128, "layers": 2, "heads": 4}
     with tempfile.TemporaryDirectory() as root:
         for name in SERIALISATIONS:
@@ -131,8 +160,14 @@ def main() -> None:
             if name == SERIALISATIONS[0]:
                 count = sum(p.numel() for p in model.transformer.parameters())
                 print(f"{count / 1e6:.1f} M parameters, {options.threads} thread(s), torch {torch.__version__}")
-                tokenising(model, options.clips)
-            generating(model, options.seconds)
+                figures["parameters"] = count
+            measured(model, options.clips if name == SERIALISATIONS[0] else 0)
+    keep(figures, options.json)
+
+
+def keep(figures: dict[str, Any], file: str | None) -> None:
+    if file:
+        Path(file).write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
