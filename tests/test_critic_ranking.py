@@ -166,6 +166,8 @@ def test_comparisons_of_the_world_have_one_request_and_the_programs_grades() -> 
         made = dict(zip(record.meta["made"], candidates(record)[1], strict=True))
         assert len(made) == 3 and made.get("target", 5.0) == 5.0 and made.get("blank", 0.0) == 0.0
         assert record.instruction == again.instruction or record.id != again.id
+    makers = [("copy", 1.0), ("half", 2.0), ("target", 1.0)]
+    assert len({str(attempts(count=1, size=2, weights=dict(m))[0].meta["made"]) for m in (makers, makers[::-1])}) == 1
     with pytest.raises(WeftError, match="'spoken' is unknown or changes the request"):
         attempts(weights={"spoken": 1, "target": 1})
     with pytest.raises(WeftError, match="size 3 with 2 makers: give 2 to 2"):
@@ -293,11 +295,11 @@ def test_a_critic_learns_which_is_better(folder: Path, tmp_path: Path, loss: str
     tree = {
         "model": {"path": str(folder), "gradient_checkpointing": True},
         "trainable": "weft.reward.critic_training:CriticTrainable",
-        "trainable_args": {"kind": "ranking", "loss": loss, "hidden": [16], "template": "{instruction}"},
+        "trainable_args": {"kind": "ranking", "loss": loss, "template": "{instruction}"},
         "data": [{"source": source}],
         "cache": {},
         "validate": {"source": source, "count": 4, "batch_size": 2},
-        "optim": {"lr": 3e-3},
+        "optim": {"lr": 3e-3, "schedule": "cosine"},
         "run": {"folder": str(tmp_path), "steps": 50, "batch_size": 4, "threads": 1, "log_every": 50}
         | {"checkpoint_every": 50, "validate_every": 50},
     }

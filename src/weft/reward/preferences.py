@@ -159,7 +159,7 @@ def attempts(
         if name not in MAKERS or name == "spoken":
             known = ", ".join(k for k in MAKERS if k != "spoken")
             raise WeftError(f"attempts: maker {name!r} is unknown or changes the request; use {known}")
-    chosen = {k: v for k, v in chosen.items() if v > 0}
+    chosen = {k: chosen[k] for k in sorted(chosen) if chosen[k] > 0}  # a draw does not depend on the recipe's order
     if not 2 <= size <= len(chosen):
         raise WeftError(f"attempts: size {size} with {len(chosen)} makers: give 2 to {len(chosen)}")
     world = world_records(split, count, seed=seed, start=start, tasks=tasks, kinds=kinds, phrasing=phrasing)
