@@ -168,3 +168,18 @@ def test_unknown_words_are_counted():
     tokenizer = t5_tokenizer(["a person walks forward"] * 3, length=32)
     unknown, words = unknown_words(tokenizer, ["A person walks, dribbles!", "dribbles über 12 a walkway"])
     assert dict(unknown) == {"dribbles": 2, "über": 1, "walkway": 1} and words == 8
+
+
+def test_words_that_a_small_vocabulary_lacks_are_told_once(caplog):
+    from weft.models import tokenizers
+
+    tokenizers._tell.cache_clear()
+    tokenizer = tokenizers.t5_tokenizer(["a person walks and waves"] * 3, length=32)
+    for _ in range(2):
+        tokenizers.warn_unknown(tokenizer, ["a person walks", "a dog walks"])
+    assert [r.getMessage() for r in caplog.records] == [
+        "the model's small vocabulary lacks the word 'dog': it reads letters and guesses"
+    ]
+    large = type("Large", (), {"vocab_size": 32100})()
+    tokenizers.warn_unknown(large, ["qwzx"])  # spells any word: never even asked
+    assert len(caplog.records) == 1

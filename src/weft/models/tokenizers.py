@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import struct
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from weft.errors import WeftError
+
+logger = logging.getLogger(__name__)
 
 PUNCTUATION = ".,;:?!'\"()-"
 
@@ -84,6 +88,22 @@ def unknown_words(tokenizer: Any, texts: Sequence[str]) -> tuple[Counter[str], i
         if tokenizer.unk_token_id in ids or (len(pieces) > 1 and min(map(len, pieces)) == 1):
             unknown[word] = n
     return unknown, sum(counts.values())
+
+
+SMALL = 5000
+"""Tokens of a vocabulary that was made for a small world; a larger one spells any word in pieces that it knows."""
+
+
+@lru_cache(maxsize=4096)
+def _tell(word: str) -> None:
+    logger.warning("the model's small vocabulary lacks the word %r: it reads letters and guesses", word)
+
+
+def warn_unknown(tokenizer: Any, texts: Sequence[str]) -> None:
+    """Log, once each, the words that a small vocabulary lacks."""
+    if tokenizer.vocab_size <= SMALL:
+        for word in unknown_words(tokenizer, texts)[0]:
+            _tell(word)
 
 
 def _pieces(word: str) -> list[str]:

@@ -21,6 +21,7 @@ from weft.errors import WeftError
 from weft.media import to_rgb
 from weft.models import flow
 from weft.models.image.attention import make_layout, patches
+from weft.models.tokenizers import warn_unknown
 from weft.sample import schedules
 from weft.sample.rollout import pad_latents
 from weft.types import Batch, Condition, Draw, Example, Loss
@@ -180,8 +181,11 @@ class ImageFlow:
         return {}
 
     def tokenize(self, name: str, texts: list[str], length: int, warn: bool) -> Tensor:
-        """Token ids [B, length] of the tokenizer `name`; with `warn`, says which texts are cut."""
+        """Token ids [B, length] of the tokenizer `name`; with `warn`, says which texts are cut, and which words a small
+        vocabulary lacks."""
         tokenizer = self.parts[name]
+        if warn:
+            warn_unknown(tokenizer, texts)
         out = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         if warn and bool((out.attention_mask[:, -1] == 1).any()):
             for text in texts:

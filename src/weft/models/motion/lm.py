@@ -26,6 +26,7 @@ from weft.models.motion.heads import HeadConfig, ResidualPredictor, make_head, s
 from weft.models.motion.network import MotionNetwork
 from weft.models.motion.reading import OWN, TEMPLATES, Reader, Rows, read_vocabulary
 from weft.models.motion.tokens import CLOSE, OPEN, Reply, Serialisation, code_names
+from weft.models.tokenizers import warn_unknown
 from weft.motion.clip import Motion
 from weft.record import Part, Record, Turn, motion_part, text_part
 from weft.rng import seed_of
@@ -131,6 +132,8 @@ class MotionLM:
         None being the model's default (see `weft.api_motion.MotionOptions`). Answer k is a function of record k, seed
         k and the options. Raises WeftError for what cannot be read.
         """
+        said = [p.text for record in records for turn in record.turns for p in turn.parts if p.text]
+        warn_unknown(self.tokenizer, said)
         seconds = getattr(options, "seconds", None)
         texts, codes = self.generate(records, seeds=seeds, seconds=seconds, sampling=self.sampling(options))
         clips = iter(self.codec.decode([c for c in codes if c is not None]))
