@@ -10,18 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from test_tiny_judge import SMALL
+from tiny import fill_
+from tiny_vlm import tiny_vlm_folder
 from weft.data.columns import convert, fields_of
 from weft.errors import WeftError
 from weft.models.build_vlm import build
 from weft.models.export_vlm import CARDS
-from weft.record import Record, Turn, image_part, read_records, write_records
+from weft.record import Record, Turn, image_part, make_record, read_records, write_records
 from weft.reward.critic_training import CriticTrainable
 from weft.reward.graded import records as graded_records
 from weft.reward.preferences import attempts, candidates, group, grouped
 from weft.reward.ranking import LOSSES, combined, normal_grid, ordered_pairs, ranking_loss, right_order
 from weft.reward.scorers.critic import Critic
+from weft.reward.scorers.editreward import import_editreward
 from weft.train.loop import run
 from weft.types import Draw
 
@@ -315,6 +321,84 @@ def test_a_critic_learns_which_is_better(folder: Path, tmp_path: Path, loss: str
         right += [scores[i].value > scores[j].value for i, j in ordered_pairs(grades, "skip")]  # type: ignore[operator]
         assert set(scores[0].parts) == ({"score", "sigma"} if loss == "uncertainty" else {"score"})
     assert np.mean(right) > 0.8
+
+
+# -- EditReward's own weights
+
+
+def released(folder: Path) -> tuple[Path, Path, Path]:
+    """A checkpoint, a base model and a checkout as the golden run had them: tiny, with stand-in texts."""
+    facts = GOLDEN["released"]
+    base = tiny_vlm_folder(folder / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]}, replace_extra_special_tokens=False)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.rm_heads = torch.nn.ModuleDict()
+    for k in range(2):
+        layers = [torch.nn.Linear(32, 1024), torch.nn.ReLU(), torch.nn.Dropout(0.05), torch.nn.Linear(1024, 16)]
+        model.rm_heads[f"head_{k}"] = torch.nn.Sequential(*layers, torch.nn.ReLU(), torch.nn.Linear(16, 2))
+    fill_(model, "editreward", 0)
+    state = {
+        k: v.clone() * (4 if "rm_heads" in k and k.endswith("weight") else 1) for k, v in model.state_dict().items()
+    }
+    assert sorted(k for k in state if "rm_head" in k) == facts["keys"]
+    (folder / "checkpoint").mkdir()
+    save_file(state, folder / "checkpoint" / "model.safetensors")
+    source = folder / "EditReward" / "EditReward" / "dataset"
+    source.mkdir(parents=True)
+    lines = [f"{name} = {text!r}" for name, text in facts["texts"].items()]
+    (source / "prompts.py").write_text("raise SystemExit  # read, not run\n" + "\n".join(lines))
+    (source / "data_collator_qwen_edit.py").write_text(f"import os\nprompt_with_special_token = {facts['end']!r}\n")
+    return folder / "checkpoint", base, folder / "EditReward"
+
+
+def shapes(k: int, size: list[int]) -> Image.Image:
+    y, x = np.mgrid[0 : size[0], 0 : size[1]]
+    bands = [(x * (3 + k)) % 256, (y * (5 + 2 * k)) % 256, (x * y * (1 + k)) % 256]
+    return Image.fromarray(np.stack(bands, -1).astype("uint8"))
+
+
+def test_released_critics_score_as_editreward_does(tmp_path: Path) -> None:
+    facts = GOLDEN["released"]
+    checkpoint, base, repository = released(tmp_path)
+    folder = import_editreward(checkpoint, base, repository, tmp_path / "critic")
+    assert Critic(str(folder)).reader.areas == (200704, 200704)
+    critic = Critic(str(folder), min_pixels=256, max_pixels=4096)  # the tiny model's
+    asked = [
+        (make_record(text, shapes(k, size)), shapes(k + 3, size))
+        for k, (text, size) in enumerate(zip(facts["prompts"], facts["sizes"], strict=True))
+    ]
+    found = critic(asked)
+    for score, (mean, sigma), follows, looks in zip(found, facts["scores"], *facts["each"], strict=True):
+        assert score.value == pytest.approx(mean, abs=2e-6)
+        assert math.log(score.parts["sigma"]) == pytest.approx(sigma, abs=2e-6)
+        assert score.parts["following"] == pytest.approx(follows[0], abs=1e-4)
+        assert score.parts["quality"] == pytest.approx(looks[0], abs=1e-4)
+    assert critic(asked[1:2])[0].value == pytest.approx(found[1].value, abs=1e-4)
+
+    with pytest.raises(WeftError, match="no special token <.Score.>"):
+        critic.reader.states([critic.judges[0].question(*asked[0])], "<|Score|>")
+    other = tiny_vlm_folder(tmp_path / "qwen3", "qwen3_vl")
+    with pytest.raises(WeftError, match="model type qwen3_vl; only critics on qwen2_5_vl"):
+        import_editreward(checkpoint, other, repository, tmp_path / "x")
+    with pytest.raises(WeftError, match="exists; give a new folder"):
+        import_editreward(checkpoint, base, repository, folder)
+    with pytest.raises(WeftError, match="neither model.safetensors nor model.pth"):
+        import_editreward(base.parent / "EditReward", base, repository, tmp_path / "x")
+    with pytest.raises(WeftError, match="prompts.py: no such file: give a checkout"):
+        import_editreward(checkpoint, base, base, tmp_path / "x")
+    state = load_file(checkpoint / "model.safetensors")
+    for drop, message in (("rm_heads.head_1", "1 heads .* for 2 questions"), ("visual.merger", "does not fit.* keys")):
+        save_file({k: v for k, v in state.items() if drop not in k}, tmp_path / "some.safetensors")
+        with pytest.raises(WeftError, match=message):
+            import_editreward(tmp_path / "some.safetensors", base, repository, tmp_path / drop)
+    save_file({**state, "model.language_model.embed_tokens.weight": torch.zeros(9, 32)}, tmp_path / "some.safetensors")
+    with pytest.raises(WeftError, match=r"has 9, \d+ rows of embeddings, .* \d+ tokens"):
+        import_editreward(tmp_path / "some.safetensors", base, repository, tmp_path / "y")
+    save_file({**state, "rm_head.0.weight": torch.zeros(2, 2)}, tmp_path / "some.safetensors")
+    with pytest.raises(WeftError, match="rm_head.0.weight is no head of ranknet_multi_head"):
+        import_editreward(tmp_path / "some.safetensors", base, repository, tmp_path / "y")
 
 
 # -- refusals

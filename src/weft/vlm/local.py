@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from weft.vlm.structured import Alphabet, Writer, writable
 if TYPE_CHECKING:
     from PIL import Image
 
+END = "<|im_end|>"  # of a turn
 CLASSES = {"qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration", "qwen3_vl": "Qwen3VLForConditionalGeneration"}
 
 
@@ -137,16 +138,33 @@ class LocalVLM:
                     replies[i] = reply
         return [reply for reply in replies if reply is not None]
 
-    def states(self, questions: Sequence[Question]) -> list[Tensor]:
-        """The last layer's state [C] where each answer would begin, in order: what a critic's head reads."""
+    def states(self, questions: Sequence[Question], token: str | None = None, *, flat: bool = False) -> list[Tensor]:
+        """The last layer's state [C] where each answer would begin, in order: what a critic's head reads.
+
+        `token`: the state at this special token instead, put where the question's text ends. `flat`: positions count
+        tokens, without the rows and columns of pictures. Raises WeftError for a token that the tokenizer lacks.
+        """
         encoded = [self.encode(question) for question in questions]
+        if token is not None:
+            encoded = [self._closed(item, token) for item in encoded]
         found: list[Tensor] = []
         with self._lock, torch.inference_mode():
             for start in range(0, len(encoded), self.batch_size):
                 pieces = [self._piece(item, 0, len(item.ids)) for item in encoded[start : start + self.batch_size]]
+                for piece in pieces if flat else ():
+                    piece.positions = torch.arange(len(piece.ids)).expand(3, -1)
                 output, _ = self._forward(pieces, None, None, states=True)
                 found += list(output.hidden_states[-1][:, -1])
         return found
+
+    def _closed(self, item: Encoded, token: str) -> Encoded:
+        """A question up to the end of its text, and `token`: what follows cannot change the state there."""
+        tokenizer = self.processor.tokenizer
+        if token not in tokenizer.get_added_vocab():
+            raise WeftError(f"the tokenizer has no special token {token}")
+        stop = int((item.ids == tokenizer.convert_tokens_to_ids(END)).nonzero()[-1])
+        ids = torch.cat([item.ids[:stop], torch.tensor([tokenizer.convert_tokens_to_ids(token)])])
+        return replace(item, ids=ids, kinds=(ids == self.processor.image_id).long())
 
     def choice_ids(self, choices: Sequence[str]) -> dict[int, str]:
         """Token ids of the choices, each checked to be one token that reads back as itself; with a leading blank,

@@ -32,7 +32,9 @@ KINDS = ("regression", "logit", "ranking")
 class CriticForm:
     """What a critic's head is, as critic.json holds it. The fields after `scale` are those of a `ranking` critic:
     `uncertain` (a log sigma beside each mean), the widths of the `hidden` layers, `questions` (templates by name, one
-    head each; None: the one question of judge.json), and how their scores are combined."""
+    head each; None: the one question of judge.json), and how their scores are combined. `token`: read the state at this
+    token, put where the question ends; `flat`: positions that count tokens, without the rows and columns of pictures;
+    `quote`: instructions are quoted. These three are for critics of other makes (`weft.reward.scorers.editreward`)."""
 
     kind: str
     scale: tuple[int, int]
@@ -40,6 +42,9 @@ class CriticForm:
     hidden: list[int] = field(default_factory=list)
     questions: dict[str, str] | None = None
     combine: str = "mean"
+    token: str | None = None
+    flat: bool = False
+    quote: bool = True
 
     @classmethod
     def read(cls, folder: Path) -> CriticForm:
@@ -136,7 +141,9 @@ class Critic:
             path, device=device, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels, batch_size=batch_size
         )
         templates = list(self.form.questions.values()) if self.form.questions else [trained_on(path).get("template")]
-        self.judges = [Judge(self.reader, template=template, scale=self.scale) for template in templates]
+        self.judges = [
+            Judge(self.reader, template=template, scale=self.scale, quote=self.form.quote) for template in templates
+        ]
         self.head = self.form.head(self.reader.model)
         try:
             self.head.load_state_dict(load_file(path / "critic.safetensors"))
@@ -155,7 +162,7 @@ class Critic:
                 asked.append(k)
             except WeftError as error:
                 scores[k] = Score(None, reason=str(error))
-        states = self.reader.states(questions) if questions else []
+        states = self.reader.states(questions, self.form.token, flat=self.form.flat) if questions else []
         each = len(self.judges)
         for row, k in enumerate(asked):
             own = torch.stack(states[row * each : (row + 1) * each]).float()  # [D, C]
