@@ -253,6 +253,9 @@ def test_a_batch_is_its_requests_and_missing_attempts_are_not_there(folder: Path
         worse = trainable.loss(trainable.examples([of(three, [1.0, 3.0, 2.0])]), draw).per_sample
     assert torch.allclose(turned, alone[2:], atol=1e-4) and torch.allclose(holed, alone[2:], atol=1e-4)
     assert not torch.allclose(worse, alone[2:], atol=1e-3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert trainable.scores(torch.ones(1, 2, 32)).dtype == torch.float32
+        assert trainable.loss(examples, draw).per_sample.dtype == torch.float32
 
 
 def test_a_request_without_a_pair_teaches_nothing_and_is_counted(folder: Path) -> None:

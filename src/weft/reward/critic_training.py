@@ -120,7 +120,7 @@ class CriticTrainable(GradedTrainable):
         the share of requests without any pair (`unpaired`), whose loss is none."""
         if self.kind == "ranking":
             return self._ranked(examples)
-        out = self.head(self.last_states(examples))
+        out = self.scores(self.last_states(examples))
         grades = torch.stack([example["grade"] for example in examples]).to(out.device, torch.float32)
         low, high = self.scale
         if self.kind == "logit":
@@ -135,6 +135,11 @@ class CriticTrainable(GradedTrainable):
         """The states [B, C] in fp32 where each answer would begin."""
         last = torch.tensor([len(example["ids"]) - 1 for example in examples])
         return self.states(examples)[torch.arange(len(examples)), last].float()
+
+    def scores(self, states: Tensor) -> Tensor:
+        """What the head says of fp32 states, never in bf16: it has three digits, and attempts may differ by less."""
+        with torch.autocast(states.device.type, enabled=False):
+            return self.head(states)
 
     def _ranked(self, examples: Sequence[Example]) -> Loss:
         rows: list[Example] = []  # one for each attempt that is in a pair, and question
@@ -157,7 +162,7 @@ class CriticTrainable(GradedTrainable):
         if not owner:
             return Loss(losses, metrics)
         states = self.last_states(rows)
-        scores = combined(self.head(states.view(-1, each, states.shape[-1])), self.form.combine).float()
+        scores = combined(self.scores(states.view(-1, each, states.shape[-1])), self.form.combine)
         of = torch.tensor(owner, device=scores.device)
         each_pair = ranking_loss(scores[better], scores[worse], self.form_of_loss)
         losses = losses.index_add(0, of, each_pair / count.to(of.device)[of])
