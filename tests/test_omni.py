@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, T5EncoderModel
 
 import weft
 from golden.make_unipic2 import picture
@@ -18,11 +21,15 @@ from weft.errors import WeftError
 from weft.models.adapt import add_lora, save_lora
 from weft.models.build_flux import build_flux
 from weft.models.export import export
+from weft.models.image.flux_kontext import FluxKontext
 from weft.models.load import load
 from weft.models.memory import preset_for
 from weft.models.share import main, share
 from weft.record import make_record
+from weft.train import read_recipe, run
+from weft.train.loop import Trainer
 
+RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "tiny"
 TRANSFORMER = {
     "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 32,
     "axes_dims_rope": [16, 8, 8], "guidance_embeds": False,
@@ -145,3 +152,67 @@ def test_the_tours_stage_on_references(zoo, tmp_path, monkeypatch):
     referred_section(page, found, 5)
     text = page.write(tmp_path / "report.html").read_text()
     assert "5. Refer to pictures" in text and text.count("data:image/png;base64") >= 4 + 2 + 2 * 2
+
+
+def released(whole, folder):
+    """A copy whose configurations are as old releases have them: what is a default today is left out."""
+    shutil.copytree(whole, folder)
+    for part in ("vae", "transformer"):
+        config = json.loads((folder / part / "config.json").read_text())
+        fewer = {k: v for k, v in config.items() if v is not None and k not in ("act_fn", "force_upcast", "patch_size")}
+        text = json.dumps(fewer | {"_diffusers_version": "0.30.0", "_name_or_path": "../elsewhere"})
+        (folder / part / "config.json").write_text(text)
+
+
+def noted(monkeypatch, kind, name):
+    """The positional arguments of every call of a method from now on."""
+    seen, whole = [], getattr(kind, name)
+
+    def method(self, *args, **options):
+        seen.append(args)
+        return whole(self, *args, **options)
+
+    monkeypatch.setattr(kind, name, method)
+    return seen
+
+
+def test_the_adapters_train_on_what_the_base_has_encoded(zoo, tmp_path, monkeypatch):
+    """The three recipes in turn, as `make tiny-omni` runs them, on few records for two steps each."""
+    monkeypatch.chdir(tmp_path)  # their folders are relative
+    released(zoo[1], Path("runs/tiny/omni_init"))
+
+    def few(name, *more):
+        path = RECIPES / f"omni_{name}.yaml"
+        counts = [f"data.{k}.source.args.count=2" for k in range(len(read_recipe(path).data))]
+        off = ["run.validate_every=0", "run.grid_every=0", "method.options.text_dropout=0"]
+        return read_recipe(path, [*counts, *off, "run.steps=2", "run.batch_size=2", "run.precision=fp32", *more])
+
+    def quiet(line):
+        pass
+
+    encoded = noted(monkeypatch, FluxKontext, "examples")
+    run(few("base"), say=quiet)
+    assert sum(len(records) for (records,) in encoded) == 2 * 11
+    for name in ("edit", "generation"):
+        encoded.clear()
+        run(few(name), say=quiet)
+        new = [record for (records,) in encoded for record in records]
+        assert len(new) == 2 * 4 and all(record.instruction == record.meta["standard"] for record in new)
+
+    kinds = ((AutoencoderKL, "encode"), (CLIPTextModel, "forward"), (T5EncoderModel, "forward"))
+    calls = [noted(monkeypatch, *kind) for kind in kinds]
+    assert run(few("edit", "run.folder=runs/again"), say=quiet).step == 2
+    assert calls == [[], [], []]
+
+    base = Path("runs/tiny/omni_base/export")
+    for part, key in (("vae", "encoder.conv_out.bias"), ("text_encoder", "final_layer_norm"), ("text_encoder_2", "wo")):
+        changed = shutil.copytree(base, tmp_path / f"other_{part}")
+        (file,) = (changed / part).glob("*.safetensors")
+        tensors = load_file(file)
+        name = next(name for name in tensors if key in name)
+        save_file(tensors | {name: tensors[name] * 1.01}, file, metadata={"format": "pt"})
+        encoded.clear()
+        trainer = Trainer(few("edit", f"model.path={changed}", f"run.folder=runs/{part}"), {}, quiet)
+        trainer.prepare_data()
+        assert sum(len(records) for (records,) in encoded) == 2 * 8, part
+    assert all(calls)

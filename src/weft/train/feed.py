@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from weft.train.config import Recipe, SourceRecipe, StageRecipe, load_object, ne
 from weft.train.parallel import Processes
 from weft.train.sizes import Size, nearest_size, picture_size, stage_sizes
 from weft.types import Condition, Example, Trainable
+from weft.vlm.processor import Processor
 
 LOOK_AT = 10_000  # records of a source that are read before the first step, for `Feed.notes`
 
@@ -69,13 +70,7 @@ def fingerprint(trainable: Trainable, trained: Iterable[str], args: dict[str, An
     facts: dict[str, Any] = {name: getattr(trainable, name, None) for name in ("resolution", "options")}
     if hasattr(trainable, "example_facts"):
         facts |= trainable.example_facts()
-    for name, part in sorted(getattr(trainable, "parts", {}).items()):
-        if hasattr(part, "get_vocab"):  # a tokenizer
-            facts[name] = [part.model_max_length, sorted(part.get_vocab().items())]
-        elif hasattr(part, "config"):
-            config = part.config
-            facts[name] = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-            facts[name].pop("_name_or_path", None)  # the same weights in another folder are the same
+    facts |= {name: part_facts(part) for name, part in sorted(getattr(trainable, "parts", {}).items())}
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     trained = set(trained)
     for name, module in sorted(trainable.modules().items()):
@@ -85,6 +80,23 @@ def fingerprint(trainable: Trainable, trained: Iterable[str], args: dict[str, An
             digest.update(f"{name}.{key}{tensor.dtype}{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def part_facts(part: Any) -> Any:
+    """What a part is besides its weights, the same for a released folder and for one that weft saved of it.
+
+    Private keys of a configuration are left out: where it was read, by which version it was written, and which
+    arguments its file left to their defaults (diffusers lists them in another order in every process).
+    """
+    if isinstance(part, Processor):
+        return [part_facts(part.tokenizer), part_facts(part.images), part.template]
+    if hasattr(part, "get_vocab"):  # a tokenizer
+        return [part.model_max_length, sorted(part.get_vocab().items())]
+    config = getattr(part, "config", part)
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    facts = dict(config) if isinstance(config, Mapping) else {}
+    kept = {k: v for k, v in facts.items() if not k.startswith("_") and k != "architectures"}
+    return kept | {"class": type(part).__qualname__}
 
 
 def code_digest(dotted: str) -> str:
