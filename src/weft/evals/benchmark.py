@@ -7,6 +7,7 @@ baselines on the first records of each group, and a report.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -78,7 +79,7 @@ def by_group(rows: Mapping[str, Row]) -> dict[str, list[Row]]:
     return found
 
 
-class BaselineScorer:
+class BaselineScorer(ABC):
     """A scorer that knows, for the first `baseline_count` records of each group, the record whose target stands in
     for chance (`chance`: None in a group of one)."""
 
@@ -92,20 +93,20 @@ class BaselineScorer:
                 other = keys[(index + 1) % len(keys)]  # records are in random order, so the next is a random one
                 self.chance[key] = items[other] if other != key else None
 
+    @abstractmethod
     def __call__(self, key: str, record: Record, made: Any) -> dict[str, Any]:
         """The score of an output, as JSON values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def extra(self, model: Any, keys: Sequence[str], records: Sequence[Record]) -> list[dict[str, Any]]:
         """Facts of rows that need the model, such as what its autoencoder leaves of the target."""
-        raise NotImplementedError
 
 
 G = TypeVar("G")
 
 
 @dataclass(slots=True)
-class Report(Generic[G]):
+class Report(ABC, Generic[G]):
     """A benchmark's results: scores by group, differences between groups (in fractions), and what they were measured
     with. `rows` are the single results, `items` their records."""
 
@@ -124,13 +125,13 @@ class Report(Generic[G]):
             "differences": {name: value.dict() for name, value in self.differences.items()},
         }
 
+    @abstractmethod
     def page(self, shown: int) -> Page:
         """The HTML report, with the first `shown` records of each group."""
-        raise NotImplementedError
 
+    @abstractmethod
     def table(self, brief: bool = False) -> Table:
         """All groups; `brief` for the terminal."""
-        raise NotImplementedError
 
     def write(self, folder: str | Path, *, shown: int = 8) -> Path:
         """Write results.json and report.html (with the first `shown` records of each group); returns the page."""

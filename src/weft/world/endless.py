@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, overload
@@ -60,8 +61,9 @@ class Endless(Sequence[Record]):
             raise IndexError(i)
         return self._make(self.start + (i if i >= 0 else i + self.length))
 
+    @abstractmethod
     def _make(self, index: int) -> Record:
-        raise NotImplementedError
+        """Record `index`."""
 
 
 def named_weights(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -38,7 +39,7 @@ PIXELS_AT_ONCE = 16 * 512 * 512
 TEXTS_AT_ONCE = 64
 
 
-class ImageFlow:
+class ImageFlow(ABC):
     """The common half of a `weft.types.FlowModel` over the parts of a released folder.
 
     `parts` maps folder names to networks, tokenizers and the scheduler. `resolution` is the size in pixels, by the
@@ -87,9 +88,9 @@ class ImageFlow:
 
     # -- the model as a whole
 
+    @abstractmethod
     def _anchor(self) -> Tensor:
         """A weight of the transformer that no adapter and no quantisation replaces."""
-        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
@@ -150,9 +151,9 @@ class ImageFlow:
 
     # -- how the family sizes pictures; sizes are (height, width) in pixels
 
+    @abstractmethod
     def own_size(self, size: flow.Size) -> flow.Size:
         """The size at which a picture of `size` is encoded."""
-        raise NotImplementedError
 
     def resolution_of(self, size: flow.Size) -> int:
         """The `resolution` at which the family's own pictures are as large as one of `size`."""
@@ -168,9 +169,9 @@ class ImageFlow:
 
     # -- encoding
 
+    @abstractmethod
     def encode_text(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Text states of each instruction."""
-        raise NotImplementedError
 
     def states(self, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> list[dict[str, Tensor]]:
         """Text states of each instruction beside its input pictures, which only VLM encoders look at."""
@@ -291,13 +292,13 @@ class ImageFlow:
         device = next((row.device for row in rows if row.numel()), None)
         return nn.utils.rnn.pad_sequence([row.to(device) for row in rows], batch_first=True)
 
+    @abstractmethod
     def prepare(self, conditions: Sequence[Condition]) -> Batch:
         """The batch of one transformer call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def velocity(self, x: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
         """Velocity [B, C, H, W] in fp32 of x [B, C, H, W] at sigma [B]; zero in the padding."""
-        raise NotImplementedError
 
     def loss(self, examples: Sequence[Example], draw: Draw) -> Loss:
         """The flow-matching loss with `loss_config`."""
