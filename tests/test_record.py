@@ -27,7 +27,6 @@ from weft.record import (
     image_part,
     instruction_text,
     make_record,
-    migrate,
     motion_part,
     read_records,
     record_from_dict,
@@ -36,6 +35,7 @@ from weft.record import (
     weave,
     write_records,
 )
+from weft.rows import migrate
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)  # no lone surrogates: they are no text
 NAME = st.text(string.ascii_letters + "äö雪 _-", min_size=1, max_size=8)

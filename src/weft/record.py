@@ -15,10 +15,8 @@ and the text is taken as it is.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +26,6 @@ from weft.errors import WeftError
 from weft.parts import (
     IMAGE_SUFFIXES,
     MOTION_SUFFIXES,
-    PART_ROLES,
-    TURN_ROLES,
-    TYPES,
     Part,
     Turn,
     file_digest,
@@ -45,6 +40,7 @@ from weft.parts import (
     text_part,
     weave,
 )
+from weft.rows import SCHEMA, parse_row, place_medium
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,7 +57,6 @@ __all__ = [
     "image_part",
     "instruction_text",
     "make_record",
-    "migrate",
     "motion_part",
     "read_records",
     "record_from_dict",
@@ -71,8 +66,6 @@ __all__ = [
     "weave",
     "write_records",
 ]
-
-SCHEMA = 1
 
 
 @dataclass(slots=True)
@@ -253,113 +246,9 @@ def _parse(line: bytes) -> Any:
         raise WeftError(f"row: not JSON ({error}): write one object a line") from error
 
 
-def migrate(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of any older schema as one of the current schema.
-
-    Schema 0 is the flat row `{id, task, instruction, source, references, target}`; a row with an `instruction`, no
-    `turns` and no `schema` counts as one. Raises `WeftError` for a newer schema than this weft knows.
-    """
-    schema = row.get("schema", 0 if "instruction" in row and "turns" not in row else None)
-    if schema is None:
-        raise WeftError(f'schema: missing: add "schema": {SCHEMA}')
-    if not isinstance(schema, int) or isinstance(schema, bool) or not 0 <= schema <= SCHEMA:
-        raise WeftError(f"schema: {short(schema)} is unknown, this weft reads 0 to {SCHEMA}: upgrade weft")
-    while schema < SCHEMA:
-        row = _MIGRATIONS[schema](row)
-        schema = row["schema"]
-    return row
-
-
-def _from_schema_0(row: dict[str, Any]) -> dict[str, Any]:
-    _known_keys(row, ("schema", "id", "task", "instruction", "source", "references", "target"), "")
-    references = row.get("references") or []
-    if not isinstance(references, list):
-        raise WeftError("references: not a list: write a list of paths")
-    said: list[dict[str, Any]] = [{"type": "text", "text": row.get("instruction")}]
-    if references:
-        said.insert(0, {"type": "text", "text": ""})  # attached: the sentence stays as it was
-    media = [(row["source"], "source")] if row.get("source") is not None else []
-    media += [(path, "reference") for path in references]
-    user = [{"type": "image", "path": path, "role": role} for path, role in media] + said
-    turns = [{"role": "user", "parts": user}]
-    if row.get("target") is not None:
-        turns.append({"role": "assistant", "parts": [{"type": "image", "path": row["target"]}]})
-    kind = ("multi_" if references else "") + ("edit" if row.get("source") is not None else "generate")
-    return {"schema": 1, "id": row.get("id"), "task": row.get("task", kind), "turns": turns, "meta": {}}
-
-
-_MIGRATIONS = {0: _from_schema_0}
-_ROW_KEYS = ("schema", "id", "task", "turns", "meta")
-
-
 def record_from_dict(row: Any, root: Path | None = None) -> Record:
     """A record of one decoded JSONL row, checked. Raises `WeftError` "field: what, fix"."""
-    if not isinstance(row, dict):
-        raise WeftError(f"row: {short(row)} is not an object: write {{...}}")
-    row = migrate(row)
-    _known_keys(row, _ROW_KEYS, "")
-    for key in ("id", "task"):
-        if not isinstance(row.get(key), str) or not row[key]:
-            raise WeftError(f"{key}: {short(row.get(key))} is not a text: give a non-empty string")
-    meta = row.get("meta", {})
-    if not isinstance(meta, dict):
-        raise WeftError(f"meta: {short(meta)} is not an object: write {{...}}")
-    turns = row.get("turns")
-    if not isinstance(turns, list) or not turns:
-        raise WeftError("turns: missing or empty: give a list with a user turn")
-    record = Record(row["id"], row["task"], [_turn(t, f"turns[{k}]") for k, t in enumerate(turns)], meta, root=root)
-    if not any(t.role == "user" for t in record.turns):
-        raise WeftError("turns: no user turn: add one with the instruction")
-    return record
-
-
-def _turn(row: Any, field: str) -> Turn:
-    if not isinstance(row, dict):
-        raise WeftError(f"{field}: {short(row)} is not an object: write {{...}}")
-    _known_keys(row, ("role", "parts"), field + ".")
-    _one_of(row.get("role"), TURN_ROLES, field + ".role")
-    parts = row.get("parts")
-    if not isinstance(parts, list) or not parts:
-        raise WeftError(f"{field}.parts: missing or empty: give a list of parts")
-    return Turn(row["role"], [_part(p, field, k) for k, p in enumerate(parts)])
-
-
-def _part(row: Any, turn: str, k: int) -> Part:
-    try:
-        if not isinstance(row, dict):
-            raise WeftError(f": {short(row)} is not an object: write {{...}}")
-        role = row.get("role")
-        kind = _one_of(row.get("type"), TYPES, ".type")
-        if kind == "text":
-            _known_keys(row, ("type", "text"), ".")
-            if not isinstance(row.get("text"), str):
-                raise WeftError(f".text: {short(row.get('text'))} is not a text: give a string")
-            return Part("text", text=row["text"])
-        _known_keys(row, ("type", "path", "role"), ".")
-        if role is not None:
-            _one_of(role, PART_ROLES, ".role")
-        if not isinstance(row.get("path"), str):
-            raise WeftError(f".path: {short(row.get('path'))} is not a path: name a file")
-        return Part(kind, path=relative_path(row["path"], ".path"), role=role)
-    except WeftError as error:
-        raise WeftError(f"{turn}.parts[{k}]{error}") from error
-
-
-def _known_keys(row: dict[str, Any], known: tuple[str, ...], field: str) -> None:
-    for key in row:
-        if key not in known:
-            raise WeftError(f"{field}{short(key)}: unknown field{_nearest(key, known)}")
-
-
-def _one_of(value: Any, known: tuple[str, ...], field: str) -> str:
-    if not isinstance(value, str) or value not in known:
-        raise WeftError(f"{field}: '{short(value)}' is unknown{_nearest(value, known)}")
-    return value
-
-
-def _nearest(value: Any, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(value), known, n=1)
-    return f": did you mean '{near[0]}'?" if near else f": use one of {', '.join(known)}"
+    return Record(*parse_row(row), root=root)
 
 
 def write_records(path: str | Path, records: Iterable[Record], media: Literal["copy", "keep"] = "copy") -> int:
@@ -375,7 +264,7 @@ def write_records(path: str | Path, records: Iterable[Record], media: Literal["c
     count = 0
     with atomic_write(path) as handle:
         for record in records:
-            row = record_to_dict(record, lambda part, root: _place(part, root, path.parent, media))
+            row = record_to_dict(record, lambda part, root: place_medium(part, root, path.parent, media))
             try:
                 handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
             except (ValueError, TypeError) as error:
@@ -397,39 +286,3 @@ def record_to_dict(record: Record, place: Callable[[Part, Path | None], str] | N
             parts.append({"type": part.type, "path": path} | ({"role": part.role} if part.role else {}))
         turns.append({"role": turn.role, "parts": parts})
     return {"schema": SCHEMA, "id": record.id, "task": record.task, "turns": turns, "meta": record.meta}
-
-
-def _place(part: Part, root: Path | None, folder: Path, media: str) -> str:
-    """Bring a medium under `folder`; returns its path relative to it."""
-    from weft.media import LazyPicture, atomic_write, picture_suffix, save_image
-
-    if isinstance(part.value, LazyPicture):  # already encoded: its bytes are copied
-        data = part.value.read()
-        name = f"media/{part.digest()[:24]}{picture_suffix(data, part.value.name)}"
-        if not (folder / name).exists():
-            with atomic_write(folder / name) as target:
-                target.write(data)
-        return name
-    if part.type == "motion" and part.value is not None:
-        name = f"media/{part.digest()[:24]}.npz"
-        if not (folder / name).exists():
-            part.value.save(folder / name)
-        return name
-    if part.value is not None:
-        name = f"media/{part.digest()[:24]}.png"
-        if not (folder / name).exists():
-            save_image(part.load(), folder / name)
-        return name
-    file = part.file(root)
-    if media == "keep":
-        try:
-            return file.absolute().relative_to(folder.absolute()).as_posix()
-        except ValueError as error:
-            raise WeftError(f'{file} does not lie under {folder}: write with media="copy"') from error
-    if file.suffix.lower() == ".amc":
-        raise WeftError(f"{file}: an .amc cannot be read without its .asf: convert it to .bvh (weft data convert)")
-    name = f"media/{part.digest(root)[:24]}{file.suffix.lower()}"
-    if not (folder / name).exists():
-        with file.open("rb") as source, atomic_write(folder / name) as target:
-            shutil.copyfileobj(source, target)
-    return name
