@@ -230,6 +230,19 @@ def test_loss_is_momasks_and_masked(folder: Path) -> None:
     assert torch.allclose(together[0], wanted, atol=1e-5) and q.shape == z.shape
 
 
+def test_the_error_of_joints_is_in_millimetres_and_one_everywhere(codec: Codec, folder: Path) -> None:
+    still, moved = np.zeros((2, 5, 263))
+    moved[:, 4:67] = np.tile([0.03, 0.04, 0], 21)
+    moved[:, :4] = moved[:, 67:] = 9  # not positions
+    assert codec.apart(still, moved) == pytest.approx(50)
+    model = RvqTrainable(folder, window=32)
+    model.rvq.eval()
+    with torch.no_grad():  # clips of two lengths, padded
+        found = model.loss(model.examples([record(32, 1), record(20, 2)]), Draw(0, 0, ["r1", "r2"]))
+    clips = [motion(32, 1), motion(20, 2)]
+    assert found.metrics["joints_mm"] == pytest.approx(model.codec.joint_error(clips), rel=1e-4)
+
+
 def test_training_is_a_function_of_the_draw(folder: Path) -> None:
     def step(draw: Draw, shuffle: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         torch.manual_seed(shuffle)

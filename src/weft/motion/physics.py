@@ -106,7 +106,7 @@ def bone_drift(joints: np.ndarray, layout: Layout = HUMANML3D) -> float:
 
 
 def mpjpe(a: np.ndarray, b: np.ndarray, *, aligned: bool = True) -> float:
-    """Mean joint distance of two clips of equal shape, metres; `aligned` moves the roots together in every frame."""
+    """Mean joint distance of clips of one shape, in their unit; `aligned` moves the roots together in every frame."""
     if a.shape != b.shape:
         raise WeftError(f"clips of shapes {a.shape} and {b.shape}: crop or resample to equal ones")
     if aligned:

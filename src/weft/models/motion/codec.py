@@ -22,6 +22,7 @@ from weft.models.motion.rvq import Rvq, RvqConfig
 from weft.models.weights import read_json
 from weft.motion.clip import Motion, from_features
 from weft.motion.features import HEADINGS, extract
+from weft.motion.physics import mpjpe
 from weft.motion.skeleton import Layout, layout_of
 from weft.motion.stats import DatasetStats, GeneratorStats
 
@@ -89,13 +90,16 @@ class Codec:
         return [from_features(row) for row in self._decoded(codes)]
 
     def joint_error(self, clips: Sequence[Motion]) -> float:
-        """Mean distance in millimetres of joints from those that the clips' codes give back, on the reference skeleton,
-        root path and heading taken as equal."""
+        """Mean distance in millimetres of joints from those that the clips' codes give back; see `apart`."""
+        wanted = self.stats.restore(np.concatenate(self.features(clips)))
+        return self.apart(wanted, np.concatenate(self._decoded(self.encode(clips))))
+
+    def apart(self, a: np.ndarray, b: np.ndarray) -> float:
+        """Mean distance in millimetres of the joints beside the root in features [n, F] of the dataset's units, on the
+        reference skeleton, root path and heading taken as equal."""
         block = self.layout.blocks()["positions"]
-        unit = 1000.0 if self.layout.unit == "m" else 1.0
-        wanted, given = self.features(clips), self._decoded(self.encode(clips))
-        gaps = [(self.stats.restore(a) - b)[:, block].reshape(-1, 3) for a, b in zip(wanted, given, strict=True)]
-        return unit * float(np.linalg.norm(np.concatenate(gaps), axis=-1).mean())
+        joints = [rows[:, block].reshape(len(rows), -1, 3) for rows in (a, b)]
+        return (1000 if self.layout.unit == "m" else 1) * mpjpe(*joints, aligned=False)
 
     @torch.no_grad()
     def _decoded(self, codes: Sequence[Tensor]) -> list[np.ndarray]:

@@ -114,7 +114,8 @@ class RvqTrainable:
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum(0)
         with torch.no_grad():
             metrics = {name: float(term.mean()) for name, term in terms.items()}
-            metrics["joints_mm"] = float(self.joint_error(x, y.transpose(1, 2), inside))
+            frames = [v[inside > 0].float().cpu().numpy() for v in (x, y.transpose(1, 2))]
+            metrics["joints_mm"] = self.codec.apart(*map(self.codec.stats.restore, frames))
             if noise is not None:
                 metrics["perplexity"] = found.perplexity
         return Loss(total, metrics)
@@ -138,14 +139,6 @@ class RvqTrainable:
             "root": mean(self.recon(y[..., root], x[..., root], reduction="none"), inside)
             + mean(self.recon(sums[0], sums[1], reduction="none"), inside),
         }
-
-    def joint_error(self, x: Tensor, y: Tensor, inside: Tensor) -> Tensor:
-        """Mean distance in millimetres of the 21 (20) joints, root path and heading taken as equal."""
-        block = self.codec.layout.blocks()["positions"]
-        std = torch.from_numpy(self.codec.stats.std[block]).to(x)
-        error = ((x - y)[..., block] * std).unflatten(-1, (-1, 3)).norm(dim=-1).mean(-1)
-        unit = 1000.0 if self.codec.layout.unit == "m" else 1.0
-        return unit * (error * inside).sum() / inside.sum()
 
     def _window(self, motion: Tensor, draw: Draw, index: int) -> Tensor:
         if len(motion) <= self.window:
