@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from weft.models.image.qwen_image_edit import AFTER, BEFORE, QwenImageEdit, Qwen
 from weft.models.load import load
 from weft.record import make_record
 from weft.sample.rollout import sample_flow
+from weft.train.feed import fingerprint
 from weft.types import Condition, Draw, FlowModel
 from weft.vlm.processor import Processor
 
@@ -326,6 +328,11 @@ def test_saving_and_loading_gives_the_same_model(model, tmp_path):
     with torch.no_grad():
         expected = model.velocity(x, sigma, model.prepare(c))
         assert torch.equal(again.velocity(x, sigma, again.prepare(again.encode(records()[2:3]))), expected)
+
+    print_of = partial(fingerprint, trained=["transformer"], args={})  # as a cache knows the model
+    assert print_of(model) == print_of(again)
+    again.processor.images.image_mean = [0.0, 0.0, 0.0]
+    assert print_of(model) != print_of(again)
 
 
 @pytest.mark.parametrize("how", ["model", "sequential"])
