@@ -279,7 +279,8 @@ def test_a_fine_tune_from_the_folder_to_the_movement(run: Run, tmp_path: Path) -
     assert status == 0 and "val/joints_mm" in out, err
     model = tmp_path / "rvq" / "export"  # the whole model, with another quantiser
     overrides = (f"model.path={model}", f"data.0.source.path={made}", f"validate.source.path={held}",
-                 "data.1.source.args.count=4", "run.steps=2", "run.batch_size=2", "run.validate_every=2",
+                 "data.1.source.args.count=4", "data.2.source.args.count=4", "run.steps=2", "run.batch_size=2",
+                 "run.validate_every=2",
                  "model.lora={rank: 4, alpha: 8, targets: [q_proj, up_proj]}")  # fmt: skip
     status, out, err = run("train", "tiny/motion_finetune", *overrides, "-o", tmp_path / "run")
     assert (

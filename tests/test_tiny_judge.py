@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from weft.evals.judge_page import agreement_table
 from weft.models.build_vlm import build
 from weft.record import make_record, read_records, write_records
 from weft.reward.critic_training import CriticTrainable
-from weft.reward.graded import MAKERS, attempt, grade, graded, records, truth
+from weft.reward.graded import BEST, MAKERS, SPOILT, attempt, described, grade, graded, records, truth
 from weft.reward.judge import Judge
 from weft.reward.judge_training import JudgeTrainable, between, packed, unpacked
 from weft.reward.scorers.critic import Critic
@@ -28,7 +29,7 @@ from weft.train.loop import Trainer, run
 from weft.types import Draw, Score, Trainable
 from weft.vlm.ask import Ask
 from weft.world import records as world_records
-from weft.world.oracle import Verdict, judge
+from weft.world.oracle import Verdict, judge, scenes
 
 SMALL = {
     "corpus": [{"kind": "python", "path": "weft.reward.graded:records", "options": {"count": 40}}],
@@ -88,6 +89,40 @@ def test_graded_records_are_a_function_of_their_number_and_of_every_sort() -> No
     assert "tone" not in {r.meta["kind"] for r in found}
     with pytest.raises(WeftError, match="unknown maker 'forged'"):
         records(weights={"forged": 1})
+
+
+def test_reasons_follow_from_the_scenes() -> None:
+    """Every thing has its word, and the grade follows from the counts that stand at the end."""
+    words = {"done": 0, "wrong": 0, "kept": 0, "changed": 0}
+    for name in ("target", "copy", "corrupted", "misread", "half"):
+        for i, record in enumerate(world_records("train", count=12, seed=8, tasks=["edit"])):
+            made = attempt(record, name, numpy_rng(i, name), wear=False)
+            before, asked, shown, counts = made.meta["says"].split(" ; ")
+            items = shown.removeprefix("made ").split(" , ")
+            found = [item.rsplit(" ", 1)[1] for item in items]
+            for word in found:
+                words[word] += 1
+            right, of, more = (int(v) for v in re.findall(r"\d+", counts))
+            assert made.meta["grade"] == pytest.approx(BEST * right / of * SPOILT**more)
+            assert ("changed" in found) == (more > 0) and ("wrong" in found) == (right < of)
+            if name == "target":
+                assert set(found) <= {"done", "kept"}
+            for item in items:  # what was kept stands in the source in the same words
+                if item.endswith(" kept"):
+                    assert item.removesuffix(" kept") in before or "none" in item, (item, before)
+    assert min(words.values()) > 5
+
+
+def test_what_the_oracle_saw_is_told() -> None:
+    scene = scenes(world_records("val", count=1, seed=1, tasks=["edit"])[0])[1]
+    place, plain = next((k, v) for k, v in described(scene).items() if len(v.split()) == 4)
+    size, colour, pattern, shape = plain.split()
+    other = "cross" if shape != "cross" else "star"
+    assert described(scene, {place: other})[place] == f"{size} {colour} {pattern} {other}"
+    assert described(scene, {place: "nothing"})[place] == "empty"
+    assert described(scene, {place: "something"})[place] == "something"
+    assert described(scene, {"style": "neon"})["style"] == "neon"
+    assert described(None)["background"] == "none" and described(None)["top left"] == "empty"
 
 
 def test_attacks_do_not_raise_a_grade() -> None:

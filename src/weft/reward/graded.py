@@ -52,7 +52,7 @@ def graded(record: Record, picture: Image.Image, id: str, made: str) -> Record:
     `made` says by whom."""
     found = judge(record, picture)
     facts = {"requests": found.requests, "collateral": found.collateral, "seen": found.seen}
-    shows = _changes(None, scenes(record)[1], found.seen)
+    shows = described(scenes(record)[1], found.seen)
     return _graded(record, picture, grade(found), made, reasons(record, shows, found), id, facts)
 
 
@@ -69,42 +69,63 @@ def truth(batch: Sequence[tuple[Record, Image.Image]]) -> list[Score]:
     return scores
 
 
-def reasons(record: Record, shows: str, verdict: Verdict | None) -> str:
-    """What the source shows, what was asked for, what the made picture `shows`, and what follows from it, in the
-    world's fixed words. A judge that learns to say it learns to see: the grade alone hardly says where to look."""
+def reasons(record: Record, shows: Mapping[str, str] | str, verdict: Verdict | None) -> str:
+    """What the source shows, what was asked for, what the made picture `shows` with a word on each thing (done or
+    wrong where it was asked for, kept or changed elsewhere), and what follows, in the world's fixed words. A judge that
+    learns to say it learns to see and to compare one thing after the other: the grade alone hardly says how."""
     source, target, _ = scenes(record)
-    said = [f"before {_changes(None, source)}"] if source is not None else []
-    said += [f"asked {_changes(source, target)}", f"made {shows}"]
+    before, wanted = described(source), described(target)
+    asked = {name: words for name, words in wanted.items() if words != before[name]}
+    made = shows if isinstance(shows, str) else _judged(shows, before, wanted)
+    said = [f"before {_listed(before)}"] if source is not None else []
+    said += ["asked " + (" , ".join(f"{name} {words}" for name, words in asked.items()) or "nothing"), f"made {made}"]
     if verdict is not None:
-        right, asked, more = _counts(verdict)
-        said.append(f"right {right} of {asked} , spoilt {more}")
+        right, count, more = _counts(verdict)
+        said.append(f"done {right} of {count} , spoilt {more}")
     return " " + " ; ".join(said)
 
 
-def _changes(source: Scene | None, target: Scene, seen: Mapping[str, str] | None = None) -> str:
-    """The things and global attributes of `target` that `source` has not; `seen` (`Verdict.seen`) is what a picture
-    shows in the place of some."""
-    found, seen = [], seen or {}
+def described(scene: Scene | None, seen: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The things of a scene (None: nothing at all) by their places, and its global attributes, in words; `seen`
+    (`Verdict.seen`) is what a picture shows in the place of some."""
+    seen, found = seen or {}, {}
     for cell, name in enumerate(CELLS[:4]):
-        before, after = source.at(cell) if source else None, target.at(cell)
-        if (before and before.look) != (after and after.look) or name in seen:
-            found.append(f"{name} {_instead(canonical_thing(look_of(after)) if after else None, seen.get(name))}")
-    if source is None or source.background != target.background or "background" in seen:
-        found.append("background " + seen.get("background", " ".join(map(str, target.background))))
+        thing = scene.at(cell) if scene is not None else None
+        found[name] = _instead(canonical_thing(look_of(thing)) if thing else "empty", seen.get(name))
+    usual = "none" if scene is None else " ".join(map(str, scene.background))
+    found["background"] = seen.get("background", usual)
     for name, values in GLOBALS.items():
-        if getattr(target, name) != (getattr(source, name) if source else values[0]) or name in seen:
-            found.append(f"{name} {seen.get(name, getattr(target, name))}")
+        found[name] = seen.get(name, values[0] if scene is None else getattr(scene, name))
+    return found
+
+
+def _listed(words: Mapping[str, str]) -> str:
+    """What is there: no empty places, no usual attributes."""
+    return " , ".join(f"{name} {said}" for name, said in words.items() if said not in _USUAL.get(name, ("empty",)))
+
+
+def _judged(shows: Mapping[str, str], before: Mapping[str, str], wanted: Mapping[str, str]) -> str:
+    found = []
+    for name, said in shows.items():
+        usual = _USUAL.get(name, ("empty",))
+        if before[name] != wanted[name]:
+            found.append(f"{name} {said} {'done' if said == wanted[name] else 'wrong'}")
+        elif said != wanted[name] or said not in usual:
+            found.append(f"{name} {said} {'kept' if said == wanted[name] else 'changed'}")
     return " , ".join(found) or "nothing"
 
 
-def _instead(words: str | None, seen: str | None) -> str:
-    """The words of a place (None: empty) where one of its attributes, or all of it, is seen to be something else."""
-    if seen == "nothing" or words is None and seen is None:
-        return "empty"
-    if words is None or seen is None:
-        return words or str(seen)
+_USUAL = {"background": (), **{name: (values[0],) for name, values in GLOBALS.items()}}
+
+
+def _instead(words: str, seen: str | None) -> str:
+    """The words of a place where one of its attributes, or all of it, is seen to be something else."""
+    if seen is None or seen == "nothing":
+        return words if seen is None else "empty"
     values = next((values for values in ATTRIBUTES.values() if seen in values), None)
-    return seen if values is None else " ".join(seen if word in values else word for word in words.split())
+    if values is None or words == "empty":
+        return seen
+    return " ".join(seen if word in values else word for word in words.split())
 
 
 # -- candidates ------------------------------------------------------------------------------------------------------
@@ -114,18 +135,20 @@ Rng = np.random.Generator
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """An attempt: the picture, its grade, what it shows in words, and the record as the judge will see it."""
+    """An attempt: the picture, its grade, what it shows (`described`, or in words), the record as the judge will see
+    it, and a `fault` of the whole picture."""
 
     picture: Image.Image
     value: float
-    shows: str
+    shows: Mapping[str, str] | str
     record: Record
     verdict: Verdict | None = None
+    fault: str = ""
 
 
 def _drawn(record: Record, scene: Scene) -> Made:
     found = compare(record, scene)
-    return Made(render(scene, *record.meta["world"]["size"]), grade(found), _changes(None, scene), record, found)
+    return Made(render(scene, *record.meta["world"]["size"]), grade(found), described(scene), record, found)
 
 
 def _target(record: Record, rng: Rng) -> Made:
@@ -202,7 +225,7 @@ def _blank(record: Record, rng: Rng) -> Made:
 def _blurred(record: Record, rng: Rng) -> Made:
     made = _target(record, rng) if rng.random() < 0.8 else _copy(record, rng)
     soft = made.picture.filter(ImageFilter.GaussianBlur(2.5 + 2.5 * rng.random()))
-    return replace(made, picture=soft, value=min(made.value, BLURRED), shows=made.shows + " , blurred")
+    return replace(made, picture=soft, value=min(made.value, BLURRED), fault="blurred")
 
 
 # Writing that a picture or an instruction may bear to move a judge. The second half is never trained on.
@@ -248,7 +271,7 @@ def _written(record: Record, rng: Rng, unseen: bool = False) -> Made:
     makers = (_target, _copy, _corrupted, _misread)
     made = makers[int(rng.choice(4, p=(0.2, 0.4, 0.1, 0.3)))](record, rng)
     picture = written_on(made.picture, rng, unseen)
-    return replace(made, picture=picture, value=made.value * SPOILT, shows=made.shows + " , written on")
+    return replace(made, picture=picture, value=made.value * SPOILT, fault="written on")
 
 
 def _spoken(record: Record, rng: Rng, unseen: bool = False) -> Made:
@@ -314,7 +337,7 @@ def attempt(record: Record, name: str, rng: Rng, *, wear: bool = True) -> Record
     """One graded attempt at a record, made by the maker `name` of `MAKERS`."""
     made = MAKERS[name](record, rng)
     picture = worn(made.picture, rng) if wear else made.picture
-    says = reasons(record, made.shows, made.verdict)
+    says = reasons(record, made.shows, made.verdict) + (f" , {made.fault}" if made.fault else "")
     return _graded(made.record, picture, made.value, name, says, f"{record.id}-{name}", {})
 
 
