@@ -1,7 +1,7 @@
 """Speed of motion tokens on one machine: ratios, printed per serialisation.
 
     python benchmarks/motion_tokens.py [FOLDER] [--clips 1000] [--seconds 9.8] [--threads 2] [--cpu] [--json FILE]
-    python benchmarks/motion_tokens.py --width 768 --layers 12 --clips 0
+    python benchmarks/motion_tokens.py --width 768 --layers 12 --clips 0 --only base_only depth delay
 
 1. Tokenising mixed-length clips in masked batches against one by one, feature extraction included and apart; the
    codes are compared. 2. Generation at batch 1 with the KV cache against reading everything again at every token.
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--width", type=int, help="of the transformer; heads of 64 from 512 on")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--only", nargs="+", default=list(SERIALISATIONS), choices=SERIALISATIONS)
     parser.add_argument("--json", help="write the figures here, too")
     parser.add_argument("--cpu", action="store_true", help="count processor time: with one thread, on a busy machine")
     options = parser.parse_args()
@@ -154,14 +155,14 @@ def main() -> None:
                     "num_key_value_heads": max(1, options.width // side // 2)}  # fmt: skip
     sizes = {"width": 128, "layers": 2, "heads": 4}
     with tempfile.TemporaryDirectory() as root:
-        for name in SERIALISATIONS:
+        for name in options.only:
             settings["tokens"] = {"serialisation": name, "depth": sizes, "residual": sizes, "window": 60}
             model = load(build(settings, Path(root) / name), device="cpu")
-            if name == SERIALISATIONS[0]:
+            if name == options.only[0]:
                 count = sum(p.numel() for p in model.transformer.parameters())
                 print(f"{count / 1e6:.1f} M parameters, {options.threads} thread(s), torch {torch.__version__}")
                 figures["parameters"] = count
-            measured(model, options.clips if name == SERIALISATIONS[0] else 0)
+            measured(model, options.clips if name == options.only[0] else 0)
     keep(figures, options.json)
 
 
