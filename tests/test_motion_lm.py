@@ -21,7 +21,7 @@ from weft.models.motion.build import build
 from weft.models.motion.lm import MotionLM, make_options
 from weft.models.motion.lm_training import MotionLMTrainable, runs
 from weft.models.motion.load import load
-from weft.models.motion.reading import Rows
+from weft.models.motion.reading import Rows, learned, wordless
 from weft.models.motion.think import think
 from weft.models.motion.tokens import SERIALISATIONS, Reply, Serialisation, Span, Vocabulary
 from weft.motion.clip import Motion
@@ -286,9 +286,9 @@ def test_guidance_holds_for_what_the_model_says_first(models: dict[str, MotionLM
     said = Record("p", "edit", [*record(1, "edit").turns[:-1], Turn("assistant", [text_part("a person walks"), clip])])
     (rows,) = model.reader.encode([said], answers=True)
     words = rows.rows[rows.kind == 3][:, 0]
-    assert model.tokenizer.decode(words) == "a person walks" and rows.learned[rows.kind == 3].all()
+    assert model.tokenizer.decode(words) == "a person walks" and learned(rows.kind)[rows.kind == 3].all()
     text = (rows.rows[:, 0] >= 0) & (rows.rows[:, 0] < model.vocabulary.text)
-    assert not text[rows.wordless & (rows.kind != 0)].any()
+    assert not text[wordless(rows.kind) & (rows.kind != 0)].any()
     (alone,) = model.reader.encode([record(2, "describe")], answers=True)
     assert not (alone.kind == 3).any(), "an answer of words alone is no plan"
 

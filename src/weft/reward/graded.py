@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -23,6 +23,7 @@ from weft.world import World
 from weft.world import records as world_records
 from weft.world.corrupt import corruptions
 from weft.world.edits import Op, apply, propose
+from weft.world.endless import Lazy
 from weft.world.oracle import ATTRIBUTES, GLOBALS, Verdict, compare, judge, scenes
 from weft.world.phrases import canonical_thing, look_of
 from weft.world.render import render
@@ -308,7 +309,7 @@ def worn(picture: Image.Image, rng: Rng) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class Graded(Sequence[Record]):
+class Graded(Lazy):
     """A lazy sequence of graded edits: record i of `world` with a candidate drawn by `weights`."""
 
     world: World
@@ -319,14 +320,8 @@ class Graded(Sequence[Record]):
     def __len__(self) -> int:
         return len(self.world)
 
-    @overload
-    def __getitem__(self, i: int) -> Record: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Record]: ...
-    def __getitem__(self, i: int | slice) -> Record | list[Record]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        record = self.world[i]
+    def _record(self, k: int) -> Record:
+        record = self.world[k]
         rng = numpy_rng(self.seed, "graded", record=record.id)
         names, weights = zip(*self.weights, strict=True)
         name = pick(rng, names, np.array(weights) / sum(weights))

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from weft.reward.graded import MAKERS, WEIGHTS, attempt
 from weft.rng import numpy_rng
 from weft.world import World
 from weft.world import records as world_records
+from weft.world.endless import Lazy
 
 
 def candidates(record: Record, key: str = "grade") -> tuple[list[Part], list[float]]:
@@ -107,7 +108,7 @@ def _joined(tries: Sequence[Record], key: str) -> Record:
 
 
 @dataclass(frozen=True)
-class Attempts(Sequence[Record]):
+class Attempts(Lazy):
     """A lazy sequence of comparisons: record i of `world` with `size` attempts by different makers."""
 
     world: World
@@ -119,18 +120,12 @@ class Attempts(Sequence[Record]):
     def __len__(self) -> int:
         return len(self.world)
 
-    @overload
-    def __getitem__(self, i: int) -> Record: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Record]: ...
-    def __getitem__(self, i: int | slice) -> Record | list[Record]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        record = self.world[i]
+    def _record(self, k: int) -> Record:
+        record = self.world[k]
         rng = numpy_rng(self.seed, "attempts", record=record.id)
         names, weights = zip(*self.weights, strict=True)
         shares = np.array(weights) / sum(weights)
-        drawn = [names[k] for k in rng.choice(len(names), self.size, replace=False, p=shares).tolist()]
+        drawn = [names[n] for n in rng.choice(len(names), self.size, replace=False, p=shares).tolist()]
         made = [attempt(record, name, rng, wear=self.wear) for name in drawn]
         pictures = [image_part(one.load(one.target)) for one in made if one.target is not None]
         meta = {**record.meta, "grade": [one.meta["grade"] for one in made], "made": drawn}

@@ -26,8 +26,26 @@ def split_of(scene: Digested) -> str:
     return "train" if bucket < 90 else "val" if bucket < 95 else "test"
 
 
+class Lazy(Sequence[Record]):
+    """Records that are made when they are asked for: `__len__` of them, number k by `_record(k)`."""
+
+    @abstractmethod
+    def _record(self, k: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, i: int) -> Record: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Record]: ...
+    def __getitem__(self, i: int | slice) -> Record | list[Record]:
+        if isinstance(i, slice):
+            return [self._record(k) for k in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        return self._record(i if i >= 0 else i + len(self))
+
+
 @dataclass(frozen=True, kw_only=True)
-class Endless(Sequence[Record]):
+class Endless(Lazy):
     """`length` records from `start` on; record i is a function of (seed, split, i) and made when it is asked for.
 
     `phrasing`: "seen", "unseen" or "mixed". `combo`: "seen" (no held-out pair of attributes), "held_out" (one in the
@@ -50,16 +68,8 @@ class Endless(Sequence[Record]):
     def __len__(self) -> int:
         return self.length
 
-    @overload
-    def __getitem__(self, i: int) -> Record: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Record]: ...
-    def __getitem__(self, i: int | slice) -> Record | list[Record]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(self.length))]
-        if not -self.length <= i < self.length:
-            raise IndexError(i)
-        return self._make(self.start + (i if i >= 0 else i + self.length))
+    def _record(self, k: int) -> Record:
+        return self._make(self.start + k)
 
     @abstractmethod
     def _make(self, index: int) -> Record:

@@ -24,7 +24,7 @@ from weft.media import atomic_write
 from weft.models.motion.codec import Codec
 from weft.models.motion.heads import HeadConfig, ResidualPredictor, make_head, save_head
 from weft.models.motion.network import MotionNetwork
-from weft.models.motion.reading import OWN, TEMPLATES, Reader, Rows, read_vocabulary
+from weft.models.motion.reading import OWN, TEMPLATES, Reader, Rows, read_vocabulary, wordless
 from weft.models.motion.tokens import CLOSE, OPEN, Reply, Serialisation, code_names
 from weft.models.tokenizers import warn_unknown
 from weft.motion.clip import Motion
@@ -259,7 +259,7 @@ class MotionLM:
     ) -> list[Tensor]:
         for module in self.modules().values():
             module.eval()
-        negative = [p.rows[p.wordless] for p in prompts] if sampling.guidance > 1 else None
+        negative = [p.rows[wordless(p.kind)] for p in prompts] if sampling.guidance > 1 else None
         given = [p.rows for p in prompts]
         return sample_tokens(
             self.network, given, grammars, seeds, sampling=sampling, negative=negative, cache=cache

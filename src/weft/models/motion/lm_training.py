@@ -18,6 +18,7 @@ from weft.errors import WeftError
 from weft.models.motion.heads import DepthTransformer, ResidualPredictor
 from weft.models.motion.lm import MotionLM
 from weft.models.motion.load import load
+from weft.models.motion.reading import learned, wordless
 from weft.models.tokenizers import unknown_words
 from weft.motion.files import load_part
 from weft.record import Record
@@ -89,7 +90,7 @@ class MotionLMTrainable:
         """`rows` [S, columns], `kind` [S] and `above` [S, L-1] of each record (`reading.Rows`)."""
         found = self.model.reader.encode(records, answers=True)
         for record, one in zip(records, found, strict=True):
-            if not one.learned.any():
+            if not learned(one.kind).any():
                 raise WeftError(f"record {record.id!r} has no answer to learn: add an assistant turn")
         return [{"rows": r.rows, "kind": r.kind, "above": r.above} for r in found]
 
@@ -106,11 +107,11 @@ class MotionLMTrainable:
         inside = pad_sequence([torch.ones(len(r), dtype=torch.long) for r, _, _ in pairs], batch_first=True)
         device = network.device
         hidden = network.hidden(rows, inside)  # [B, S, D]
-        learned = (kinds >= 2) if self.learn == "answers" else inside.bool()
-        learned = learned[:, 1:].to(device)
-        state = hidden[:, :-1][learned]  # [N, D], each the state before the row that is to be predicted
-        goal = rows[:, 1:].to(device)[learned]  # [N, columns]
-        sample = torch.arange(len(examples), device=device)[:, None].expand(learned.shape)[learned]
+        goals = learned(kinds) if self.learn == "answers" else inside.bool()
+        goals = goals[:, 1:].to(device)
+        state = hidden[:, :-1][goals]  # [N, D], each the state before the row that is to be predicted
+        goal = rows[:, 1:].to(device)[goals]  # [N, columns]
+        sample = torch.arange(len(examples), device=device)[:, None].expand(goals.shape)[goals]
         losses = _Sums(len(examples), device)
 
         first = goal[:, 0] >= 0
@@ -146,7 +147,7 @@ class MotionLMTrainable:
         if self.text_dropout and torch.is_grad_enabled():
             chance = rng.numpy_rng(draw.seed, "text", draw.step, draw.record_ids[index], index).random()
             if chance < self.text_dropout:
-                keep = example["kind"] % 2 == 0
+                keep = wordless(example["kind"])
         return example["rows"][keep].long(), example["kind"][keep], example["above"][keep].long()
 
     def _shares(self, logits: Tensor, goal: Tensor) -> dict[str, float]:
@@ -164,7 +165,7 @@ class MotionLMTrainable:
         assert isinstance(head, ResidualPredictor)
         states, codes, owners = [], [], []
         for b, (rows, kind, above) in enumerate(pairs):
-            inside = (above[:, 0] >= 0) & ((kind >= 2) | (self.learn == "all"))
+            inside = (above[:, 0] >= 0) & (learned(kind) | (self.learn == "all"))
             for start, stop in runs(inside):
                 states.append(hidden[b, start:stop])
                 codes.append(torch.cat([rows[start:stop] - v.first, above[start:stop]], -1))

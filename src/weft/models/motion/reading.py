@@ -35,15 +35,16 @@ class Rows:
     kind: Tensor
     above: Tensor
 
-    @property
-    def learned(self) -> Tensor:
-        """What is to be answered [S]."""
-        return self.kind >= 2
 
-    @property
-    def wordless(self) -> Tensor:
-        """What is left [S] without the words that a movement follows from: the user's, and those said before it."""
-        return self.kind % 2 == 0
+def learned(kind: Tensor) -> Tensor:
+    """What is to be answered, of `Rows.kind` [S]."""
+    return kind >= 2
+
+
+def wordless(kind: Tensor) -> Tensor:
+    """What is left, of `Rows.kind` [S], without the words that a movement follows from: the user's, and those that an
+    answer says before it."""
+    return (kind != 1) & (kind != 3)
 
 
 class Reader:
@@ -100,20 +101,20 @@ class Reader:
         for t, turn in enumerate(record.turns if answers else asked(record)):
             mine = turn.role == "assistant"
             write(assistant if mine else user, 0)
-            learned = False
+            answered = False
             last = max((p for p, part in enumerate(turn.parts) if part.type == "motion"), default=-1)
             for p, part in enumerate(turn.parts):
                 kind = 2 if mine and part.role != "rejected" else 0
                 if part.type == "text" and part.text:
                     write(self.text_ids(part.text), (3 if p < last else 2) if mine else 1)
-                    learned |= mine
+                    answered |= mine
                 elif part.type == "motion":
                     if not mine and part.role in ROLE_WORDS:
                         write(self.text_ids(ROLE_WORDS[part.role]), 0)
                     own = codes[t, p]
                     pieces.append((self.serial.rows(own), kind, own))
-                    learned |= kind == 2
-            write(end, 2 if learned else 0)
+                    answered |= kind == 2
+            write(end, 2 if answered else 0)
         if not answers:
             write(assistant, 0)
         length, limit = sum(len(rows) for rows, _, _ in pieces), self.limit
