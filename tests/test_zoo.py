@@ -57,16 +57,19 @@ def through_vae(model, pictures):
     return model.flow.decode(latents, [(64, 64)] * len(pictures))
 
 
-def test_oracle_and_autoencoder_agree(model) -> None:
+@pytest.mark.parametrize("count", [20, pytest.param(60, marks=pytest.mark.slow)])
+def test_oracle_and_autoencoder_agree(model, count) -> None:
     accepted, fooled = [], []
-    for task, count in (("generate", 60), ("edit", 60)):
+    for task in ("generate", "edit"):
         some = list(records("test", count=count, seed=21, tasks=[task]))
         targets = through_vae(model, [r.load(r.target) for r in some])
         accepted += [judge(r, image).success for r, image in zip(some, targets, strict=True)]
         wrong = [
-            (r, render(scene)) for i, r in enumerate(some[:15]) for _, scene in corruptions(r, np.random.default_rng(i))
+            (r, render(scene))
+            for i, r in enumerate(some[: count // 4])
+            for _, scene in corruptions(r, np.random.default_rng(i))
         ]
         pictures = through_vae(model, [image for _, image in wrong])
         fooled += [judge(r, image).success for (r, _), image in zip(wrong, pictures, strict=True)]
-    assert np.mean(accepted) >= 0.98
-    assert np.mean(fooled) <= 0.02
+    assert accepted.count(False) <= max(1, 0.02 * len(accepted))
+    assert fooled.count(True) <= 0.02 * len(fooled)
