@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from weft.errors import WeftError
-from weft.record import make_record
+from weft.record import Record, Turn, image_part, make_record, text_part
 from weft.reward import AdvantageConfig, FilterConfig, Mixture, ScorerConfig, advantages, group_key, group_stats
 from weft.reward import keep_groups as keep
 from weft.reward.advantage import normalised, optimality
@@ -136,6 +137,13 @@ def test_group_keys_tell_pictures_apart_and_join_equal_requests():
     assert len({group_key(r) for r in (a, other, text)}) == 3
     target = make_record("make it blue", picture(1), id="a", target=picture(9))
     assert group_key(a) == group_key(target), "the answer is not part of the request"
+    cat, dog = (second_turn("make it red", after=picture(k)) for k in (1, 2))
+    assert group_key(cat) != group_key(dog), "what the assistant made before is the source of the next request"
+
+
+def second_turn(instruction, after):
+    turns = [Turn("user", [text_part("draw")]), Turn("assistant", [image_part(after)])]
+    return Record("t", "edit", [*turns, Turn("user", [text_part(instruction)])])
 
 
 # -- mixtures -------------------------------------------------------------------------------------------------------
@@ -168,6 +176,8 @@ def test_weights_move_with_the_step():
     assert total(mixture, step=50).total.tolist() == [6.0, 6.0]
     with pytest.raises(WeftError, match="rising"):
         Mixture([ScorerConfig("a", constant(1.0), weight=[[5, 1.0], [5, 2.0]])])
+    with pytest.raises(WeftError, match="rising"):
+        Mixture([ScorerConfig("a", constant(1.0), weight=[0.2, 1.0])])
 
 
 def broken(batch):
@@ -183,6 +193,8 @@ def broken(batch):
         (lambda batch: [Score(None, reason="judge is away") for _ in batch], "judge is away"),
         (lambda batch: [Score(1.0)], "1 scores for 2"),
         (lambda batch: [0.5 for _ in batch], "float"),
+        (lambda batch: [Score("good") for _ in batch], "good"),
+        (lambda batch: [Score(torch.ones(2)) for _ in batch], "tensor"),
     ],
 )
 def test_a_failure_is_missing_and_never_a_number(scorer, reason):
@@ -190,6 +202,24 @@ def test_a_failure_is_missing_and_never_a_number(scorer, reason):
     assert np.isnan(mixed.total).all() and np.isnan(mixed.parts["bad"]).all()
     assert all(reason in r for r in mixed.reasons.values()) and len(mixed.reasons) == 2
     assert mixed.parts["good"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.int64(1), torch.tensor(0.5)], ids=lambda n: type(n).__name__)
+def test_numbers_of_numpy_and_torch_become_floats_that_travel(number):
+    made = Mixture([ScorerConfig("a", lambda batch: [Score(number, {"part": number, "none": None}) for _ in batch])])
+    pairs = [(make_record("x"), picture())]
+    scores = made.score(pairs)
+    assert json.loads(json.dumps(scores[0].parts)) == {"a": float(number), "a/part": float(number)}
+    assert made.mixed(scores, 0).total.tolist() == [float(number)]
+
+
+def test_an_even_group_is_exactly_even():
+    """The mean of twelve times 0.1 is not 0.1: its rounding must not pass for a spread."""
+    values, keys = [0.1] * 12 + [0.2, 0.9], ["even"] * 12 + ["b"] * 2
+    assert np.std(values[:12]) != 0
+    assert group_stats(values, keys)["even"].std == 0.0
+    for std in ("global", "group", "none"):
+        assert advantages(values, keys, AdvantageConfig(std=std, eps=1e-8))[:12].tolist() == [0.0] * 12
 
 
 def test_a_failing_scorer_of_weight_zero_masks_nothing():

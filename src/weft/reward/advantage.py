@@ -65,6 +65,9 @@ def group_key(record: Record) -> str:
     """
     parts = [[p.type, p.role, p.digest(record.root)] for turn in record.turns if turn.role == "user"
              for p in turn.parts if p.type != "text"]  # fmt: skip
+    source = record.source
+    if source is not None and not any(part is source for part in record.request.parts):  # made in an earlier turn
+        parts.append([source.type, "before", source.digest(record.root)])
     facts: list[Any] = [record.task, record.instruction, parts, record.meta.get("size")]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:24]
 
@@ -76,7 +79,7 @@ def group_stats(rewards: Sequence[float] | np.ndarray, keys: Sequence[str]) -> d
     for key in dict.fromkeys(keys):
         own = values[names == key]
         valid = own[~np.isnan(own)]
-        mean, std = (float(valid.mean()), float(valid.std())) if len(valid) else (float("nan"), float("nan"))
+        mean, std = (float(valid.mean()), deviation(valid)) if len(valid) else (float("nan"), float("nan"))
         found[key] = GroupStats(key, len(own), len(valid), mean, std)
     return found
 
@@ -98,7 +101,7 @@ def normalised(values: np.ndarray, keys: Sequence[str], config: AdvantageConfig)
     names = np.asarray(keys, dtype=object)
     out = np.full(len(values), np.nan)
     valid = ~np.isnan(values)
-    overall = values[valid].std(ddof=config.ddof) if valid.sum() > config.ddof else 0.0
+    overall = deviation(values[valid], config.ddof)
     for key in dict.fromkeys(keys):
         own = (names == key) & valid
         if own.sum() < config.min_valid:
@@ -106,9 +109,18 @@ def normalised(values: np.ndarray, keys: Sequence[str], config: AdvantageConfig)
         if config.std == "none":
             scale = 1.0
         else:
-            scale = (overall if config.std == "global" else values[own].std(ddof=config.ddof)) + config.eps
-        out[own] = (values[own] - values[own].mean()) / scale
+            scale = (overall if config.std == "global" else deviation(values[own], config.ddof)) + config.eps
+        even = deviation(values[own]) == 0
+        out[own] = 0.0 if even else (values[own] - values[own].mean()) / scale
     return out
+
+
+def deviation(values: np.ndarray, ddof: int = 0) -> float:
+    """The standard deviation; exactly 0 where all values are equal. Rounding of their mean would leave 1e-17, and an
+    even group would pass for one that teaches something."""
+    if len(values) <= ddof or (values == values[0]).all():
+        return 0.0
+    return float(values.std(ddof=ddof))
 
 
 def clipped(values: np.ndarray, limit: float) -> np.ndarray:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Pair = tuple[Record, "Image.Image"]
 Scorer = Callable[[Sequence[Pair]], Sequence[Score]]
-"""A batch of (record, output) pairs to one Score each, in order. Called from one worker thread of its own."""
+"""A batch of (record, output) pairs to one Score each, in order. Called from threads, `rollout.workers` at once."""
 
 COMBINE = ("sum", "product", "normalised")
 Weight = float | list[list[float]]
@@ -98,7 +98,7 @@ class Mixture:
                     reasons[i].append(f"{config.name}: {score.reason}")
                     continue
                 parts[i][config.name] = config.offset + config.scale * score.value
-                parts[i] |= {f"{config.name}/{k}": float(v) for k, v in score.parts.items()}
+                parts[i] |= {f"{config.name}/{k}": v for k, v in score.parts.items()}
         return [Score(None, p, "; ".join(r) or "mixed later") for p, r in zip(parts, reasons, strict=True)]
 
     def weights(self, step: int) -> dict[str, float]:
@@ -147,9 +147,9 @@ def weight_at(weight: Weight, step: int) -> float:
     """A weight or the value of its schedule at a step."""
     if isinstance(weight, (int, float)):
         return float(weight)
-    points = [[float(v) for v in point] for point in weight]
-    rising = all(a[0] < b[0] for a, b in zip(points, points[1:], strict=False))
-    if not points or any(len(p) != 2 for p in points) or not rising:
+    points = [[float(v) for v in point] if isinstance(point, Sequence) else [] for point in weight]
+    pairs = bool(points) and all(len(p) == 2 for p in points)
+    if not pairs or any(a[0] >= b[0] for a, b in zip(points, points[1:], strict=False)):
         raise WeftError(f"reward weight {weight}: a schedule is [[step, weight], ...] with rising steps")
     return float(np.interp(step, [p[0] for p in points], [p[1] for p in points]))
 
@@ -168,11 +168,23 @@ def ask_scorer(config: ScorerConfig, batch: Sequence[Pair]) -> list[Score]:
 
 
 def _sound(score: Any) -> Score:
+    """The score with plain floats (scorers return numpy's and torch's, too), or a missing one."""
     if not isinstance(score, Score):
         return Score(None, reason=f"a {type(score).__name__} instead of a weft.types.Score")
-    if score.value is not None and not math.isfinite(score.value):
-        return Score(None, score.parts, f"the value is {score.value}")
-    return score
+    parts = {str(k): number for k, v in score.parts.items() if (number := _float(v)) is not None}
+    if score.value is None:
+        return Score(None, parts, score.reason or "the scorer gives no reason")
+    value = _float(score.value)
+    if value is None or not math.isfinite(value):
+        return Score(None, parts, f"the value is {score.value}")
+    return Score(value, parts)
+
+
+def _float(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
