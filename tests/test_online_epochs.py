@@ -143,6 +143,14 @@ def test_a_run_without_an_anchor_still_looks_at_the_reference_once_an_epoch(meth
         assert log(tmp_path / "anchored")[0]["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-5)
 
 
+def test_an_epochs_rewards_are_logged_whichever_steps_are(folder, tmp_path):
+    """Two updates an epoch and a line every second step: no line falls on the step that the epoch begins with."""
+    run(recipe(folder, tmp_path), ["run.log_every=2"], say=quiet)
+    rows = log(tmp_path)
+    assert [row["step"] for row in rows] == [2, 4]
+    assert [row["epoch"] for row in rows] == [0, 1] and all(row["reward_group_std"] > 0 for row in rows)
+
+
 def test_a_watched_scorer_may_look_at_a_share():
     assert some(20, 0.05) == [0] and some(20, 0.25) == [0, 4, 8, 12, 16] and some(3, 1.0) == [0, 1, 2]
     assert some(2, 0.01) == [0] and some(0, 0.5) == []

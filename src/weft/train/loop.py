@@ -347,7 +347,7 @@ class Trainer:
     def loop(self) -> None:
         settings = self.recipe.run
         started, since, samples = time.perf_counter(), self.step, 0
-        sums: dict[str, list[float]] = {}
+        sums, held = dict[str, list[float]](), dict[str, Any]()  # held: the newest of what steps have reported
         while self.step < settings.steps:
             if self.stop is not None:
                 self.halt()
@@ -356,6 +356,7 @@ class Trainer:
                 continue  # asked to stop before the batch was there
             group = values.pop("group")
             samples += values.pop("samples")
+            held |= values  # rewards come with the first step of an epoch, which need not be one that is logged
             for key in (f"loss/{group}", "loss"):
                 sums.setdefault(key, []).append(values["loss"])
             last = self.step == settings.steps
@@ -363,12 +364,12 @@ class Trainer:
                 seconds = time.perf_counter() - started
                 means = {k: sum(v) / len(v) for k, v in sums.items()}
                 rates = {"steps_per_s": (self.step - since) / seconds, "samples_per_s": samples / seconds}
-                self.log({**values, **means, **rates})
+                self.log({**held, **means, **rates})
                 self.say(
                     f"step {self.step}/{settings.steps}: loss {means['loss']:.4f}, lr {values['lr']:.3g}, "
                     f"grad {values['grad_norm']:.3g}, {rates['steps_per_s']:.2f} steps/s"
                 )
-                started, since, samples, sums = time.perf_counter(), self.step, 0, {}
+                started, since, samples, sums, held = time.perf_counter(), self.step, 0, {}, {}
             looked = time.perf_counter()
             if self.processes.first:
                 self.look(last)
