@@ -207,6 +207,14 @@ def test_feature_folder_and_records(run: Run, clip: Motion, tmp_path: Path) -> N
         22,
         3,
     )
+    said = tmp_path / "said"
+    said.mkdir()
+    (said / "02_01.txt").write_text("turns left#turn/VERB left/ADJ#0.2#0.8\n")  # times and tokens are kept
+    again = ("data", "convert", clips, "-o", tmp_path / "set2", "--to", "humanml3d", "--captions", said)
+    assert run(*again)[0] == 1
+    assert (tmp_path / "set2" / "texts" / "02_02_01.txt").read_text() == "turns left#turn/VERB left/ADJ#0.2#0.8\n"
+    assert (tmp_path / "set2" / "texts" / "M02_02_01.txt").read_text() == "turns right#turn/VERB right/ADJ#0.2#0.8\n"
+
     made = tmp_path / "h.jsonl"
     options = ("--option", "split=all", "--option", "least=10")
     assert run("data", "convert", out, "-o", made, "--kind", "humanml3d", *options)[0] == 0

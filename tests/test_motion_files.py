@@ -321,6 +321,27 @@ def test_amass_and_building_the_dataset(tmp_path: Path) -> None:
         records(out)
 
 
+def test_a_caption_with_times_goes_with_its_piece(tmp_path: Path) -> None:
+    clip = Motion(procedural(101, 3))
+    (tmp_path / "new_joint_vecs").mkdir()
+    (tmp_path / "texts").mkdir()
+    np.save(tmp_path / "new_joint_vecs" / "a.npy", clip.features())
+    (tmp_path / "texts" / "a.txt").write_text("walks#walk/VERB#0.0#0.0\nturns left#turn/VERB left/ADJ#1.0#4.0\n")
+    (tmp_path / "train.txt").write_text("a\n")
+    whole, piece = records(tmp_path)
+    assert piece.instruction == "turns left" and piece.meta["frames"] == [20, 80]
+    assert whole.target and piece.target
+    both = [load_part(r.target, r.root) for r in (whole, piece) if r.target]
+    assert [len(c) for c in both] == [100, 60] and np.array_equal(both[0].joints[20:80], both[1].joints)
+    assert piece.target.digest(piece.root) != whole.target.digest(whole.root)
+    write_records(tmp_path / "out" / "r.jsonl", [piece])
+    (again,) = read_records(tmp_path / "out" / "r.jsonl")
+    assert again.target and np.array_equal(load_part(again.target, again.root).joints, both[1].joints)
+    (tmp_path / "new_joint_vecs" / "a.npy").write_bytes(b"x")
+    with pytest.raises(WeftError, match="a.npy"):
+        piece.target.value.load()
+
+
 def test_captions(tmp_path: Path) -> None:
     lines = [
         "a person walks.#a/DET person/NOUN walk/VERB#0.0#0.0",

@@ -16,6 +16,7 @@ from weft.motion.clip import Motion
 from weft.motion.feet import pin_feet
 from weft.motion.files import READS, check_options, read_motion, write_motion
 from weft.motion.files.arrays import write_array
+from weft.motion.files.humanml3d import Caption
 from weft.motion.recover import recover
 from weft.motion.rig import TABLES, Table
 from weft.motion.skeleton import HUMANML3D
@@ -163,8 +164,9 @@ def feature_folder(
     """Any motion files as a folder in HumanML3D's layout, which this and the public loaders read.
 
     new_joint_vecs/ID.npy (features), new_joints/ID.npy, Mean.npy, Std.npy, all.txt, and texts/ID.txt for clips with
-    captions. The id is the file's path with "_" between folders; `mirror` adds M + id, captions mirrored. Tokens have
-    the tag OTHER: the public loaders need one, and the parts of speech are spaCy's.
+    captions. The id is the file's path with "_" between folders; `mirror` adds M + id, captions mirrored. Captions
+    keep their times and tokens; where they have none, every word is one with the tag OTHER: the public loaders need
+    one, and the parts of speech are spaCy's.
     Raises `WeftError` if no clip could be made.
     """
     from weft.motion.clip import mirror_text
@@ -183,10 +185,11 @@ def feature_folder(
                 features = _features(clip, heading, file)
                 for folder, array in (("new_joint_vecs", features), ("new_joints", recover(features))):
                     write_array(array, out / folder / f"{name}.npy")
-                lines = [c.text if name == plain else mirror_text(c.text) for c in said]
-                if lines:
+                if said:
                     (out / "texts").mkdir(parents=True, exist_ok=True)
-                    (out / "texts" / f"{name}.txt").write_text("".join(map(_line, lines)), encoding="utf-8")
+                    lines = "".join(map(_line, said))
+                    lines = lines if name == plain else mirror_text(lines)
+                    (out / "texts" / f"{name}.txt").write_text(lines, encoding="utf-8")
                 names.append(name)
                 done.written.append(out / "new_joint_vecs" / f"{name}.npy")
         except WeftError as error:
@@ -200,10 +203,12 @@ def feature_folder(
     return done
 
 
-def _line(caption: str) -> str:
-    plain = caption.replace("#", " ")
-    words = [w for w in "".join(c if c.isalpha() else " " for c in plain.lower()).split()] or ["unk"]
-    return f"{plain}#{' '.join(f'{w}/OTHER' for w in words)}#0.0#0.0\n"
+def _line(caption: Caption) -> str:
+    plain = caption.text.replace("#", " ")
+    words = "".join(c if c.isalpha() else " " for c in plain.lower()).split() or ["unk"]
+    tokens = caption.tokens or [(word, "OTHER") for word in words]
+    times = caption.start or 0.0, caption.stop or 0.0
+    return f"{plain}#{' '.join(f'{word}/{tag}' for word, tag in tokens)}#{times[0]}#{times[1]}\n"
 
 
 def _features(motion: Motion, heading: str, file: Path) -> np.ndarray:

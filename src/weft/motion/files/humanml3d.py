@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from weft.errors import WeftError
-from weft.motion.clip import mirror, mirror_text
+from weft.motion.clip import Motion, mirror, mirror_text
 from weft.motion.features import extract
 from weft.motion.files.amass import Body, amass_joints
-from weft.motion.files.arrays import load_array
+from weft.motion.files.arrays import load_array, read_npy
 from weft.motion.recover import recover
 from weft.motion.skeleton import HUMANML3D, layout_of
 from weft.motion.stats import DatasetStats, dataset_stats
-from weft.record import Part, Record, Turn, motion_part, text_part
+from weft.record import Record, Turn, file_digest, motion_part, text_part
 
 # Seconds that the second notebook cuts from the start of some sources before the frames of the index count.
 _TRIMS = {
@@ -92,14 +93,37 @@ def read_split(path: str | Path) -> list[str]:
         raise WeftError(f"{path} cannot be read ({error.strerror}): check the path") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Frames `start` to `stop` (not included) of a clip's file, read when they are needed: a medium of a record."""
+
+    file: Path
+    start: int
+    stop: int
+
+    def load(self) -> Motion:
+        """The piece. Raises `WeftError` by the file's name."""
+        return read_npy(self.file).crop(self.start, self.stop)
+
+    def save(self, path: str | Path) -> None:
+        """Writes it as a file of its own; see `Motion.save`."""
+        self.load().save(path)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file's content and the cut."""
+        return hashlib.sha256(f"{file_digest(self.file)} {self.start} {self.stop}".encode()).hexdigest()
+
+
 def records(
     folder: str | Path, split: str = "train", *, least: int = 40, most: int = 199, limit: int | None = None
 ) -> list[Record]:
     """Text-to-motion records of a HumanML3D or KIT folder: one per caption of a clip, motion by its path.
 
     Reads `<split>.txt`, `texts/ID.txt` and `new_joint_vecs/ID.npy`. Clips outside `least` to `most` frames are left
-    out as the public loader does (KIT: least 24). A caption with times has them in `meta["frames"]`. Faults of text
-    files stand in `meta["faults"]` of the clip's records. Raises `WeftError` if nothing is left, and says why.
+    out as the public loader does (KIT: least 24). A caption with times goes with that piece of the clip (`Piece`, its
+    frames in `meta["frames"]`), cut at 20 frames a second as the public loader cuts it. Faults of text files stand in
+    `meta["faults"]` of the clip's records. Raises `WeftError` if nothing is left, and says why.
     """
     folder = Path(folder)
     made: list[Record] = []
@@ -113,17 +137,17 @@ def records(
         captions, faults = read_captions(texts)
         for k, caption in enumerate(captions):
             meta: dict[str, Any] = {"clip": name, "caption": caption.text, "tokens": [list(t) for t in caption.tokens]}
-            span = frames
+            span, moved = frames, motion_part(f"new_joint_vecs/{name}.npy")
             if caption.start is not None and caption.stop is not None:
                 first, last = int(caption.start * 20), min(int(caption.stop * 20), frames)
                 meta["frames"], span = [first, last], last - first
+                moved = motion_part(Piece(clip, first, last))
             if not least <= span <= most:
                 skipped["length"] += 1
                 continue
             if faults:
                 meta["faults"] = faults
-            target: list[Part] = [motion_part(f"new_joint_vecs/{name}.npy")]
-            turns = [Turn("user", [text_part(caption.text)]), Turn("assistant", target)]
+            turns = [Turn("user", [text_part(caption.text)]), Turn("assistant", [moved])]
             made.append(Record(f"{name}-{k}", "generate", turns, meta, root=folder))
         if limit is not None and len(made) >= limit:
             break
