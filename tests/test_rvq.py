@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from motion_clips import procedural
 from weft.errors import WeftError
 from weft.models.foreign import convert, read_foreign
+from weft.models.motion.build import new_codec
 from weft.models.motion.codec import Codec, batches, codec_of_momask, load_codec, momask_config
 from weft.models.motion.rvq import Codebook, Noise, Rvq, RvqConfig, fill
 from weft.models.motion.rvq_training import RvqTrainable
@@ -204,6 +205,20 @@ def test_a_momask_checkpoint_opens(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="[Ww]eights.only"):
         convert(tmp_path / "evil.tar", tmp_path / "out", "vq_model")
     assert not (tmp_path / "pwned").exists()
+
+
+def test_statistics_from_files_say_their_kind(tmp_path: Path) -> None:
+    """A dataset's deviations are divided by MoMask's `feat_bias`, those of a MoMask run are so already."""
+    paths = {"mean": str(tmp_path / "Mean.npy"), "std": str(tmp_path / "Std.npy")}
+    np.save(paths["mean"], np.arange(263.0))
+    np.save(paths["std"], np.ones(263))
+    rvq = {"levels": 2, "codes": 4, "code_width": 4, "width": 8, "depth": 1}
+    made = {kind: new_codec({"rvq": rvq, "statistics": {"kind": kind, **paths}}) for kind in ("dataset", "generator")}
+    assert made["dataset"].stats.std[[0, 3, 4, 262]].tolist() == pytest.approx([0.2, 0.2, 1, 0.2])
+    assert made["generator"].stats.std.tolist() == [1.0] * 263
+    for wrong in (paths, {"kind": "evaluator", **paths}):
+        with pytest.raises(WeftError, match="kind is dataset"):
+            new_codec({"rvq": rvq, "statistics": wrong})
 
 
 def test_loss_is_momasks_and_masked(folder: Path) -> None:

@@ -2,10 +2,11 @@
 
     python -m weft.models.motion.build recipes/tiny/motion_model.yaml runs/tiny/motion_init --from runs/tiny/rvq/export
 
-The sections are `SECTIONS`: `statistics` and `corpus` are record sources (movements and texts), `rvq` the quantiser's
-configuration (with `heading`), `tokenizer` that of `weft.models.tokenizers.t5_tokenizer` or {path: folder},
-`transformer` a transformers configuration with its `model_type` or {path: folder of a causal LM}, `tokens` the
-options of `weft.models.motion.lm.TokenOptions`. The folder after `--from` gives its trained quantiser.
+The sections are `SECTIONS`: `statistics` and `corpus` are record sources (movements and texts; `statistics` may be
+{kind: dataset or generator, mean: file.npy, std: file.npy} instead), `rvq` the quantiser's configuration (with
+`heading`), `tokenizer` that of `weft.models.tokenizers.t5_tokenizer` or {path: folder}, `transformer` a transformers
+configuration with its `model_type` or {path: folder of a causal LM}, `tokens` the options of
+`weft.models.motion.lm.TokenOptions`. The folder after `--from` gives its trained quantiser.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from weft.models.sections import read_sections
 from weft.motion.clip import Motion
 from weft.motion.features import extract
 from weft.motion.files import load_part
-from weft.motion.stats import GeneratorStats, dataset_stats
+from weft.motion.stats import DatasetStats, GeneratorStats, dataset_stats
 from weft.record import Record
 from weft.rng import seed_of
 
@@ -61,17 +62,28 @@ def read_settings(config: str | Path | dict[str, Any]) -> dict[str, Any]:
 
 
 def new_codec(settings: dict[str, Any]) -> Codec:
-    """A quantiser with random weights, its statistics measured on the movements of `statistics`, or read from
-    {mean: npy, std: npy} as a dataset ships them."""
+    """A quantiser with random weights, its statistics measured on the movements of `statistics`, or read from files
+    {kind, mean, std}: kind "dataset" (HumanML3D's Mean.npy and Std.npy) or "generator" (the meta of a MoMask run).
+
+    Raises WeftError for files whose kind is not said: nothing in them tells the two apart.
+    """
     config, heading = make_config(settings["rvq"], "rvq")
     source = settings.get("statistics")
     if source is None:
-        raise WeftError("section 'statistics' is missing: a source of records with movements, or {mean, std}")
+        raise WeftError("section 'statistics' is missing: a source of records with movements, or {kind, mean, std}")
     seed = int(settings.get("seed", 0))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "build/rvq"))
-        if isinstance(source, dict) and set(source) == {"mean", "std"}:
-            return Codec(Rvq(config), GeneratorStats.from_npy(source["mean"], source["std"]), heading)
+        if isinstance(source, dict) and "mean" in source:
+            if set(source) != {"kind", "mean", "std"} or source["kind"] not in ("dataset", "generator"):
+                raise WeftError(
+                    "statistics from files: give kind, mean and std; kind is dataset (HumanML3D's Mean.npy and "
+                    "Std.npy) or generator (the meta folder of a MoMask run)"
+                )
+            files = source["mean"], source["std"]
+            if source["kind"] == "dataset":
+                return codec_of_dataset(config, DatasetStats.from_npy(*files), heading)
+            return Codec(Rvq(config), GeneratorStats.from_npy(*files), heading)
         stats = dataset_stats(extract([c.joints], heading=heading)[0] for c in movements(records_of(source)))
         return codec_of_dataset(config, stats, heading)
 
