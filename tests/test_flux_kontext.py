@@ -23,8 +23,9 @@ from weft.models.adapt import add_lora, save_lora
 from weft.models.image.flux_kontext import FluxKontext, FluxOptions
 from weft.models.image.layouts import LAYOUTS, find_layout, picture_ids, text_ids
 from weft.models.load import load
+from weft.models.lora import find_adapters
 from weft.models.routing import route_of
-from weft.models.weights import find_adapters, licence_note
+from weft.models.weights import licence_note
 from weft.record import make_record
 from weft.sample.rollout import sample_flow
 from weft.types import Condition, Draw, FlowModel

@@ -18,7 +18,7 @@ import weft
 from weft.errors import WeftError
 from weft.models.adapt import save_lora
 from weft.models.load import DTYPES, find_model, load, makes_motion
-from weft.models.weights import ADAPTERS
+from weft.models.lora import ADAPTERS
 from weft.record import make_record
 from weft.rng import normal
 

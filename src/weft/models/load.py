@@ -17,6 +17,7 @@ from weft.models.image.flux_kontext import FluxKontext, FluxOptions
 from weft.models.image.metaquery import MetaQueryOptions, UniPic2MetaQuery
 from weft.models.image.qwen_image_edit import QwenImageEdit, QwenOptions
 from weft.models.image.sd3_kontext import UniPic2Kontext
+from weft.models.lora import find_adapters, load_lora
 from weft.models.memory import preset_for
 from weft.models.routing import ROUTES
 from weft.models.weights import (
@@ -24,9 +25,7 @@ from weft.models.weights import (
     QWEN_EDIT,
     SD3,
     Parts,
-    find_adapters,
     licence_note,
-    load_lora,
     load_parts,
     read_index,
     read_json,

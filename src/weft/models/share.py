@@ -22,7 +22,8 @@ from torch import nn
 
 from weft.errors import WeftError, exit_status
 from weft.models.load import family_of, find_model
-from weft.models.weights import ADAPTERS, load_parts, read_json, save_folder
+from weft.models.lora import ADAPTERS
+from weft.models.weights import load_parts, read_json, save_folder
 
 
 def share(

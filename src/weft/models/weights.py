@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import uuid
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from weft.errors import WeftError
 from weft.models.licences import find_licence
@@ -295,85 +294,3 @@ def _save_part(part: Any, path: Path, dtype: torch.dtype | None) -> None:
         tensors = safetensors.torch.load_file(file)
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
-
-
-def load_lora(transformer: Any, path: Path, name: str) -> None:
-    """Add a LoRA in diffusers or peft layout (a safetensors file, or a folder with one) as adapter `name`.
-
-    Its strength is set by `transformer.set_adapters(names, weights)`. Raises WeftError if there is no such file or
-    it has no weights for this transformer.
-    """
-    import safetensors.torch
-
-    file = path
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        if len(files) != 1:
-            raise WeftError(f"{path}: a LoRA folder must hold exactly one *.safetensors file, found {len(files)}")
-        file = files[0]
-    if not file.is_file():
-        raise WeftError(f"no LoRA at {path}; give a .safetensors file or a folder with one")
-    state = _guard(file, lambda: safetensors.torch.load_file(file))
-    state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
-    if not any(key.startswith("transformer.") for key in state):
-        state = {f"transformer.{key}": value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if key.startswith("transformer.") and "lora" in key}
-    if not state:
-        raise WeftError(f"{file}: no LoRA weights for the transformer in it")
-    _check_base(transformer, state, file)
-    metadata = _lora_config(file)
-    load = partial(transformer.load_lora_adapter, state, prefix="transformer", adapter_name=name, metadata=metadata)
-    with warnings.catch_warnings():  # peft warns about a second adapter, which is what is asked for here
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")
-        _guard(file, load)
-
-
-def _check_base(transformer: Any, state: dict[str, Tensor], file: Path) -> None:
-    """Raises WeftError if a LoRA was made for another transformer."""
-    layers = dict(transformer.named_modules())
-    for key, value in state.items():
-        name, _, half = key.removeprefix("transformer.").partition(".lora_")
-        if half not in ("A.weight", "B.weight") or value.ndim != 2:
-            continue
-        layer = layers.get(name)
-        if layer is None:
-            raise WeftError(f"{file}: made for another base model: here is no layer {name}")
-        layer = getattr(layer, "base_layer", layer)
-        width = getattr(layer, "in_features" if half == "A.weight" else "out_features", None)
-        own = value.shape[1 if half == "A.weight" else 0]
-        if width is not None and own != width:
-            raise WeftError(f"{file}: made for another base model: {name} is {own} wide there, {width} here")
-
-
-ADAPTERS = {
-    "edit": ("edit_lora", "DreamOmni2-7.6B-Edit-Lora.safetensors"),
-    "generation": ("gen_lora", "DreamOmni2-7.6B-Gen-Lora.safetensors"),
-}
-"""Where the two adapters of DreamOmni2 lie in its release, and their names as single files."""
-
-
-def find_adapters(folder: Path) -> dict[str, Path]:
-    """The adapters `edit` and `generation` in a folder of DreamOmni2's layout, or of single files; those it has."""
-    found = {}
-    for name, places in ADAPTERS.items():
-        for path in (folder / place for place in places):
-            if path.is_file() or (path.is_dir() and list(path.glob("*.safetensors"))):
-                found[name] = path
-                break
-    return found
-
-
-def _lora_config(file: Path) -> dict[str, Any] | None:
-    """Rank and alpha of a LoRA: from the file's own header (diffusers) or the adapter_config.json beside it (peft)."""
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as handle:
-        header = (handle.metadata() or {}).get("lora_adapter_metadata")
-    if header:
-        config = {key.removeprefix("transformer."): value for key, value in json.loads(header).items()}
-    elif file.with_name("adapter_config.json").is_file():
-        config = json.loads(file.with_name("adapter_config.json").read_text(encoding="utf-8"))
-    else:
-        return None
-    known = "r lora_alpha target_modules rank_pattern alpha_pattern use_rslora use_dora lora_bias".split()
-    return {f"transformer.{key}": config[key] for key in known if config.get(key) is not None}
