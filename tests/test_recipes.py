@@ -169,6 +169,17 @@ def test_the_geometry_of_post_training_fits_on_one_and_on_eight_devices(path):
         check_geometry(recipe.rollout, recipe.run.batch_size, processes, 10_000)
 
 
+def test_pickscore_is_divided_by_26_once():
+    """As in the public rewards: by the scorer, so that equal weights beside HPSv2 and CLIPScore mean what they say."""
+    from weft.reward.scorers.clip import PickScore
+
+    assert PickScore.divisor == 26.0
+    for path in RECIPES:
+        for scorer in yaml.safe_load(path.read_text(encoding="utf-8")).get("reward", {}).get("scorers", []):
+            if scorer.get("name") == "pickscore":
+                assert scorer.get("scale", 1.0) == 1.0, path
+
+
 def test_the_published_numbers_of_edit_r1_and_pdtr():
     for name in ("kontext", "qwen_image_edit_2509"):
         recipe = read_recipe(ROOT / "recipes" / "edit_r1" / f"{name}.yaml")

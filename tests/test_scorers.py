@@ -17,7 +17,7 @@ from weft.errors import WeftError
 from weft.record import make_record
 from weft.reward.scorers import clip
 from weft.reward.scorers.consistency import Consistency, ExecutionConsistency, psnr_where, ssim_map
-from weft.reward.scorers.geneval import Found, GenEval, relations
+from weft.reward.scorers.geneval import COLOURS, ClipColours, Found, GenEval, relations
 from weft.reward.scorers.ocr import TextScore, edit_distance, text_score
 from weft.types import Score
 
@@ -63,6 +63,77 @@ def test_geneval_confidence_and_missing(tmp_path: Path) -> None:
     assert relations(things[0], things[1]) == {"left of"} and relations(things[0], things[0]) == set()
     with pytest.raises(WeftError, match="no detector can be read"):
         GenEval(str(tmp_path))
+
+
+def tiny_detector(folder: Path, names: dict[int, str]) -> None:
+    """A detector's folder of one layer, which finds two things of class 0 with certainty, whatever it sees."""
+    from transformers import YolosConfig, YolosForObjectDetection
+    from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = YolosConfig(**sizes, image_size=[32, 32], patch_size=16, num_detection_tokens=2, id2label=names)
+    model = YolosForObjectDetection(config)
+    last = model.class_labels_classifier.layers[-1]
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.zero_()
+        last.bias[0] = 9.0
+    model.save_pretrained(folder)
+    YolosImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 32}).save_pretrained(folder)
+
+
+def test_a_detectors_classes_have_the_names_of_geneval(tmp_path: Path) -> None:
+    """COCO says mouse, GenEval's rows say computer mouse; what a detector cannot find is missing, not absent."""
+    tiny_detector(tmp_path, {0: "mouse", 1: "dog"})
+    scorer = GenEval(str(tmp_path))
+    metas = [{"include": [{"class": name, "count": 2}]} for name in ("computer mouse", "dog", "unicorn")]
+    found, absent, unknown = scorer([(make_record("x", meta=meta), GREY) for meta in metas])
+    assert found.value == 1.0 and absent.value == 0.0
+    assert unknown.value is None and "unicorn" in str(unknown.reason)
+
+
+def test_colours_are_told_by_clip_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_clip(tmp_path)
+    tell = GenEval(lambda images: [[]], str(tmp_path)).colours
+    assert isinstance(tell, ClipColours)
+    things = [
+        Found("cup", 0.9, (-2.0, 0.2, 16.4, 32.0)),
+        Found("bus", 0.9, (20, 20, 20, 20)),
+        Found("cup", 0.9, (8, 8, 99, 31)),
+    ]
+    found = tell(noise(1), things)
+    clf = tell.clip
+    for thing, box, colour in zip(things, [(0, 0, 16, 32), (20, 20, 21, 21), (8, 8, 32, 31)], found, strict=True):
+        logits = []
+        for name in COLOURS:
+            said = [f"a photo of a {name} {thing.name}", f"a photo of a {name}-colored {thing.name}"]
+            words, seen = clf.embed([*said, f"a photo of a {name} object"], [noise(1).crop(box)])
+            logits.append(float(torch.nn.functional.normalize(words.mean(0), dim=0) @ seen[0]))
+        assert COLOURS[int(np.argmax(logits))] == colour
+    row = {"include": [{"class": "cup", "count": 2, "color": found[0]}]}
+    scorer = GenEval(lambda images: [things], str(tmp_path))
+    assert scorer([(make_record("x", meta=row), noise(1))])[0].parts["dense"] >= 0.75
+
+
+def test_functions_may_be_named_where_a_recipe_cannot_hold_them(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import numpy as np\n"
+        "def read(image): return 'OPEN'\n"
+        "def none(image): return None\n"
+        "def detect(images): return [[] for _ in images]\n"
+        "def colours(image, things): return []\n"
+        "def mask(record): return np.eye(32) > 0\n"
+    )
+    sign = [(make_record('a sign "open"', GREY), GREY)]
+    assert TextScore(f"{file}:read")(sign)[0].value == 1.0
+    assert "NoneType instead of a text" in str(TextScore(f"{file}:none")(sign)[0].reason)
+    assert Consistency(mask=f"{file}:mask")(sign)[0].value == 1.0
+    row = {"include": [{"class": "dog", "count": 1, "color": "red"}]}
+    scorer = GenEval(f"{file}:detect", f"{file}:colours")
+    assert scorer([(make_record("x", meta=row), GREY)])[0].value == 0.0
+    with pytest.raises(WeftError, match="no function"):
+        TextScore(f"{file}:reed")
 
 
 def test_text_scores_are_the_public_ones() -> None:
@@ -195,7 +266,9 @@ def test_hps_weights_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     model = tiny_clip(tmp_path)
     state = to_open_clip(model)
-    save_file({k: v.clone() for k, v in state.items()}, tmp_path / "hps.safetensors")
+    state = {k: v.half().float() for k, v in state.items()}
+    model.load_state_dict(clip.open_clip_to_transformers(state))
+    save_file({k: v.half() for k, v in state.items()}, tmp_path / "hps.safetensors")  # as the released file has them
     config = clip.clip_config(state, head=8)
     read_config = clip.clip_config
     monkeypatch.setattr(clip, "clip_config", lambda state: config)
@@ -203,13 +276,14 @@ def test_hps_weights_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name, value in model.state_dict().items():
         assert torch.equal(scorer.network.state_dict()[name], value), name
     batch = [(make_record("a red star"), noise(0))]
+    model.save_pretrained(tmp_path)
     cosine = clip.CLIPScore(str(tmp_path))(batch)[0].value * 100 / float(model.logit_scale.detach().exp())  # type: ignore[operator]
     assert scorer(batch)[0].value == pytest.approx(cosine, abs=1e-5)
     with pytest.raises(WeftError, match="unknown weight visual.extra"):
         clip.open_clip_to_transformers(state | {"visual.extra": torch.zeros(1)})
     with pytest.raises(WeftError, match="is missing"):
         read_config({})
-    with pytest.raises(WeftError, match="not a safetensors file"):
+    with pytest.raises(WeftError, match="not a safetensors file; convert .* weft.models.foreign"):
         clip.HPSv2("HPS_v2.1.pt", str(tmp_path))
 
 

@@ -21,6 +21,7 @@ SCORERS = {
     "hpsv2": "weft.reward.scorers.clip:HPSv2",
     "consistency": "weft.reward.scorers.consistency:Consistency",
     "geneval": "weft.reward.scorers.geneval:GenEval",
+    "ocr": "weft.reward.scorers.ocr:TextScore",
     "critic": "weft.reward.scorers.critic:Critic",
     "oracle": "weft.reward.graded:truth",
 }
@@ -34,7 +35,7 @@ class Serve:
     One scorer is named here with its options; several stand in a YAML file: {name: {call: ..., args: {...}}}."""
 
     scorer: Positional[str]
-    """judge, critic, clip, pickscore, hpsv2, consistency, geneval, oracle (of the embedded world), your own as
+    """judge, critic, clip, pickscore, hpsv2, consistency, geneval, ocr, oracle (of the embedded world), your own as
     file.py:name, or a YAML file of several."""
     options: Positional[Options] = ()
     """What the scorer takes, such as model=FOLDER variant=yes_no."""

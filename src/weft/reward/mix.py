@@ -32,7 +32,7 @@ class ScorerConfig:
     """One scorer and its part in the mixture.
 
     `weight`: a number, or a schedule [[step, weight], ...]: linear between the points, constant beyond them.
-    The value used is `offset` + `scale` x score (PickScore / 26: scale 1/26). With `watch` the scorer is only
+    The value used is `offset` + `scale` x score (a judge of 0..10 in 0..1: scale 0.1). With `watch` the scorer is only
     measured, never trained on: a second judge, or an oracle, whose distance to the reward is logged; an expensive one
     may look at a `share` of each batch only (at least one output, evenly spread).
     """

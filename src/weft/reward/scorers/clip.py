@@ -62,6 +62,13 @@ class CLIPScore:
     @torch.inference_mode()
     def values(self, texts: Sequence[str], pictures: Sequence[Any]) -> list[float]:
         """Score of each text with the picture beside it."""
+        words, seen = self.embed(texts, pictures)
+        scale = self.network.logit_scale.exp() if self.learned_scale else 1.0
+        return ((words * seen).sum(-1) * scale / self.divisor).float().cpu().tolist()
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str], pictures: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Texts [N, C] and pictures [M, C] as vectors of length 1."""
         words = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
@@ -71,9 +78,7 @@ class CLIPScore:
             attention_mask=words["attention_mask"].to(self.network.device),
             pixel_values=pixels.to(self.network.device),
         )
-        cosine = (output.text_embeds * output.image_embeds).sum(-1)  # both are normalised
-        scale = self.network.logit_scale.exp() if self.learned_scale else 1.0
-        return (cosine * scale / self.divisor).float().cpu().tolist()
+        return output.text_embeds, output.image_embeds
 
 
 class PickScore(CLIPScore):
@@ -97,8 +102,11 @@ class HPSv2(CLIPScore):
         from transformers import CLIPModel
 
         if not Path(weights).is_file() or Path(weights).suffix != ".safetensors":
-            raise WeftError(f"{weights}: not a safetensors file: convert the released .pt file first")
-        state = load_file(weights)
+            raise WeftError(
+                f"{weights}: not a safetensors file; convert the released one: "
+                f"python -m weft.models.foreign HPS_v2.1_compressed.pt hps.safetensors state_dict"
+            )
+        state = {name: value.float() for name, value in load_file(weights).items()}  # fp32, as the public scorer has it
         config = clip_config(state)
         with torch.device("meta"):
             network = CLIPModel(config)

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from weft.data.sources import resolve
 from weft.errors import WeftError
 from weft.record import Record
 from weft.reward.mix import Pair, Scorer, ScorerConfig, ask_scorer
@@ -21,16 +22,18 @@ class Consistency:
     """The mean of PSNR (scaled from `psnr_range` in dB to 0..1) and SSIM between source and output where the mask is
     black; CoCoEdit (arXiv 2602.14068) adds such a term to a judge's score. Parts: `psnr` in dB (100 at most), `ssim`.
 
-    The mask is the record's (its white pixels may change), or that of `mask(record)` -> boolean [H, W]. An output of
-    another size is resized to the source's. Missing: without source, without mask, with less than 2 % outside it.
+    The mask is the record's (its white pixels may change), or that of `mask(record)` -> boolean [H, W] (a function, or
+    its name as `file.py:name`). An output of another size is resized to the source's. Missing: without source, without
+    mask, with less than 2 % outside it.
     """
 
     def __init__(
-        self, mask: Callable[[Record], np.ndarray] | None = None, psnr_range: Sequence[float] = (10.0, 40.0)
+        self, mask: Callable[[Record], np.ndarray] | str | None = None, psnr_range: Sequence[float] = (10.0, 40.0)
     ) -> None:
         if len(psnr_range) != 2 or not psnr_range[0] < psnr_range[1]:
             raise WeftError(f"psnr_range {list(psnr_range)}: give two numbers of dB, the lower first")
-        self.mask, self.low, self.high = mask, float(psnr_range[0]), float(psnr_range[1])
+        self.mask: Callable[[Record], np.ndarray] | None = resolve(mask) if isinstance(mask, str) else mask
+        self.low, self.high = float(psnr_range[0]), float(psnr_range[1])
 
     def __call__(self, batch: Sequence[Pair]) -> list[Score]:
         return [self._one(record, output) for record, output in batch]

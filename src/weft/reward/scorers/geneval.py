@@ -14,12 +14,28 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from weft.data.sources import resolve
 from weft.errors import WeftError
 from weft.reward.mix import Pair
+from weft.reward.scorers.clip import CLIPScore
 from weft.types import Score
 
 CONFIDENCE, COUNTING_CONFIDENCE, MOST = 0.3, 0.9, 16
 DISTANCE = 0.1  # a relation holds beyond this part of the two sizes
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
+NAMES = {  # of the classes of COCO in detectors' configurations -> in GenEval's rows
+    "mouse": "computer mouse",
+    "remote": "tv remote",
+    "keyboard": "computer keyboard",
+    "hair dryer": "hair drier",
+    "aeroplane": "airplane",
+    "motorbike": "motorcycle",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+}
 
 
 @dataclass(slots=True, frozen=True)
@@ -40,22 +56,27 @@ class GenEval:
 
     `parity` keeps a slip of the public code, which adds a full point for a position even where it is wrong.
     The dense reward may be negative: three things too many of one asked for give -2. Missing: without an `include`,
-    and where a colour is asked for without `colours`.
+    where a colour is asked for without `colours`, and for a class that the detector does not know.
     """
 
     def __init__(
         self,
         detector: Detector | str,
-        colours: Colours | None = None,
+        colours: Colours | str | None = None,
         mode: Literal["dense", "strict"] = "dense",
         parity: bool = False,
     ) -> None:
         """`detector`: a function from pictures to what is in each, or the folder of a transformers detector.
-        `colours`: the colour of each thing found in a picture."""
+        `colours`: the colour of each thing found in a picture, or the folder of a CLIP model that tells it
+        (openai/clip-vit-large-patch14 in GenEval). Functions may be named as `file.py:name`."""
         if mode not in ("dense", "strict"):
             raise WeftError(f"mode {mode!r} is unknown: use dense or strict")
-        self.detector = transformers_detector(detector) if isinstance(detector, str) else detector
-        self.colours, self.mode, self.parity = colours, mode, parity
+        if isinstance(detector, str):
+            detector = resolve(detector) if ":" in detector else TransformersDetector(detector)
+        if isinstance(colours, str):
+            colours = resolve(colours) if ":" in colours else ClipColours(colours)
+        self.detector, self.colours, self.mode, self.parity = detector, colours, mode, parity
+        self.classes: frozenset[str] | None = getattr(detector, "classes", None)  # None: anything may be asked for
 
     def __call__(self, batch: Sequence[Pair]) -> list[Score]:
         found = self.detector([image for _, image in batch])
@@ -63,10 +84,13 @@ class GenEval:
 
     def _one(self, row: Mapping[str, Any], image: Image.Image, things: Sequence[Found]) -> Score:
         include = row.get("include")
-        if not isinstance(include, list) or not include:
+        if not isinstance(include, list) or not include or not all(isinstance(clause, dict) for clause in include):
             return Score(None, reason="meta.include does not say what should be there (GenEval's row)")
         if self.colours is None and any("color" in clause for clause in include):
             return Score(None, reason="a colour is asked for, and there is nothing to tell colours with (colours=)")
+        unknown = [] if self.classes is None else [c["class"] for c in include if c.get("class") not in self.classes]
+        if unknown:
+            return Score(None, reason=f"the detector knows no class {unknown[0]!r}: it could never be found")
         least = COUNTING_CONFIDENCE if row.get("tag") == "counting" else CONFIDENCE
         seen: dict[str, list[Found]] = {}
         for thing in sorted(things, key=lambda thing: -thing.confidence):
@@ -118,33 +142,64 @@ def relations(a: Found, b: Found) -> set[str]:
     return {name for name, holds in names.items() if holds}
 
 
-def transformers_detector(folder: str, device: str | None = None, batch_size: int = 8) -> Detector:
-    """Any object detection model of transformers (DETR, RT-DETR, Grounding-free ones), with its own class names.
+class TransformersDetector:
+    """Any object detection model of transformers (DETR, RT-DETR, Grounding-free ones). `classes` are what it can find,
+    under the names of GenEval's rows."""
 
-    Raises WeftError if none can be read from the folder or hub id.
-    """
-    import torch
-    from transformers import AutoImageProcessor, AutoModelForObjectDetection
+    def __init__(self, folder: str, device: str | None = None, batch_size: int = 8) -> None:
+        """Raises WeftError if no detector can be read from the folder or hub id."""
+        import torch
+        from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-    try:
-        network = AutoModelForObjectDetection.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
-        images = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise WeftError(f"{folder}: no detector can be read there ({str(error).splitlines()[0]})") from error
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network = network.eval().requires_grad_(False).to(target)
-    names = network.config.id2label
+        try:
+            network = AutoModelForObjectDetection.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+            self.images = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise WeftError(f"{folder}: no detector can be read there ({str(error).splitlines()[0]})") from error
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.network, self.batch_size = network.eval().requires_grad_(False).to(self.device), batch_size
+        self.names = {k: NAMES.get(name, name) for k, name in network.config.id2label.items()}
+        self.classes = frozenset(self.names.values())
 
-    def detect(pictures: Sequence[Image.Image]) -> list[list[Found]]:
+    def __call__(self, pictures: Sequence[Image.Image]) -> list[list[Found]]:
+        import torch
+
         out: list[list[Found]] = []
-        for start in range(0, len(pictures), batch_size):
-            some = [picture.convert("RGB") for picture in pictures[start : start + batch_size]]
+        for start in range(0, len(pictures), self.batch_size):
+            some = [picture.convert("RGB") for picture in pictures[start : start + self.batch_size]]
             with torch.inference_mode():
-                output = network(**images(images=some, return_tensors="pt").to(target))
+                output = self.network(**self.images(images=some, return_tensors="pt").to(self.device))
             sizes = [(picture.height, picture.width) for picture in some]
-            for row in images.post_process_object_detection(output, threshold=CONFIDENCE, target_sizes=sizes):
+            for row in self.images.post_process_object_detection(output, threshold=CONFIDENCE, target_sizes=sizes):
                 rows = zip(row["labels"].tolist(), row["scores"].tolist(), row["boxes"].tolist(), strict=True)
-                out.append([Found(names[label], score, tuple(box)) for label, score, box in rows])
+                out.append([Found(self.names[label], score, tuple(box)) for label, score, box in rows])
         return out
 
-    return detect
+
+class ClipColours:
+    """The colour of things by CLIP without training, as GenEval tells it: the nearest of ten colours, each the mean of
+    three sentences' vectors. GenEval greys out what its detector's mask leaves out of a box; boxes have no mask, so
+    all of the box is looked at."""
+
+    def __init__(self, model: str, device: str | None = None) -> None:
+        """`model`: a folder or hub id with CLIPModel weights and their processor."""
+        self.clip = CLIPScore(model, device=device)
+
+    def __call__(self, image: Image.Image, things: Sequence[Found]) -> list[str]:
+        """One of `COLOURS` for each thing, in order."""
+        told: dict[int, str] = {}
+        for name in dict.fromkeys(thing.name for thing in things):
+            own = [k for k, thing in enumerate(things) if thing.name == name]
+            texts = [text.format(colour=colour, name=name) for colour in COLOURS for text in TEMPLATES]
+            words, seen = self.clip.embed(texts, [image.convert("RGB").crop(_pixels(things[k], image)) for k in own])
+            means = words.reshape(len(COLOURS), len(TEMPLATES), -1).mean(1)
+            nearest = (seen @ (means / means.norm(dim=-1, keepdim=True)).T).argmax(1).tolist()
+            told |= {k: COLOURS[index] for k, index in zip(own, nearest, strict=True)}
+        return [told[k] for k in range(len(things))]
+
+
+def _pixels(thing: Found, image: Image.Image) -> tuple[int, int, int, int]:
+    """Its box in whole pixels within the picture, at least one of them."""
+    left, top, right, bottom = (round(edge) for edge in thing.box)
+    left, top = min(max(left, 0), image.width - 1), min(max(top, 0), image.height - 1)
+    return left, top, max(left + 1, min(right, image.width)), max(top + 1, min(bottom, image.height))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image
 
+from weft.data.sources import resolve
 from weft.record import Record
 from weft.reward.mix import Pair
 from weft.types import Score
@@ -17,9 +18,9 @@ class TextScore:
     was read (yifan123/flow_grpo, flow_grpo/ocr.py). The text is `meta["text"]`, else the first in double quotes of the
     instruction. An OCR that fails, or a record without a text, gives a missing score (the public code: 0)."""
 
-    def __init__(self, read: Callable[[Image.Image], str]) -> None:
-        """`read` returns what stands in a picture."""
-        self.read = read
+    def __init__(self, read: Callable[[Image.Image], str] | str) -> None:
+        """`read` returns what stands in a picture: a function, or its name as `file.py:name`."""
+        self.read: Callable[[Image.Image], str] = resolve(read) if isinstance(read, str) else read
 
     def __call__(self, batch: Sequence[Pair]) -> list[Score]:
         return [self._one(record, image) for record, image in batch]
@@ -32,6 +33,8 @@ class TextScore:
             found = self.read(image)
         except Exception as error:  # any OCR package, any exception
             return Score(None, reason=f"the OCR failed: {type(error).__name__}: {error}")
+        if not isinstance(found, str):
+            return Score(None, reason=f"the OCR returned a {type(found).__name__} instead of a text")
         return Score(text_score(found, wanted))
 
 
