@@ -17,7 +17,19 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile
 
 from weft.errors import WeftError
-from weft.media import LazyPicture, atomic_write, decode_image, load_image, read_metadata, save_image, to_rgb
+from weft.media import (
+    LazyPicture,
+    atomic_write,
+    decode_image,
+    image_size,
+    load_image,
+    picture_suffix,
+    read_metadata,
+    save_image,
+    to_rgb,
+)
+from weft.record import make_record
+from weft.train.sizes import picture_size
 
 
 def photo(height: int = 24, width: int = 40) -> Image.Image:
@@ -58,6 +70,30 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
         np.testing.assert_array_equal(array(load_image(tmp_path / name)), np.asarray(upright))
     stored.save(tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
     assert np.abs(array(load_image(tmp_path / "a.jpg")).astype(int) - np.asarray(upright)).max() < 12
+
+
+def test_the_size_of_a_header_is_that_of_the_picture(tmp_path: Path) -> None:
+    """Aspect buckets read headers alone: what is wrong with one has the file's name there, too."""
+    for orientation in (None, 1, 3, 5, 6, 8, 9):
+        exif = Image.Exif()
+        if orientation is not None:
+            exif[0x0112] = orientation
+        Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=exif)
+        assert image_size(tmp_path / "a.jpg") == load_image(tmp_path / "a.jpg").size
+    record = make_record("x", target=tmp_path / "a.jpg")
+    assert picture_size(record) == (4, 6)
+    for data, message in ((b"", "empty"), (b"<html>", "web page"), (b"nothing", "not a picture")):
+        (tmp_path / "a.jpg").write_bytes(data)
+        with pytest.raises(WeftError, match=rf"a\.jpg is .*{message}"):
+            picture_size(record)
+    Image.new("1", (9_500, 9_500)).save(tmp_path / "b.png")
+    with pytest.raises(WeftError, match="too large: 9500 x 9500"):
+        image_size(tmp_path / "b.png")
+
+
+def test_a_telephones_jpeg_with_a_second_picture_is_a_jpeg() -> None:
+    data = encoded(Image.new("RGB", (6, 4), "red"), "MPO", save_all=True, append_images=[Image.new("RGB", (3, 2))])
+    assert picture_suffix(data, "x") == ".jpg" and decode_image(data, "x").size == (6, 4)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, features
@@ -31,7 +31,9 @@ _SAVE = {
     ".webp": ("WEBP", {"quality": 95}),
 }
 _KEY = "weft"  # the PNG text chunk
-_EXIF_IFD, _USER_COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
+_EXIF_IFD, _USER_COMMENT, _ORIENTATION, _ASCII = 0x8769, 0x9286, 0x0112, b"ASCII\0\0\0"
+
+T = TypeVar("T")
 
 
 class LazyPicture:
@@ -65,6 +67,21 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
     Raises `WeftError` with the file's name if it is missing, empty, truncated, not a picture, or larger than
     `max_pixels` (which is read from the header: nothing is allocated for a decompression bomb).
     """
+    return _of_file(path, lambda handle, name: _decode(handle, name, max_pixels))
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of the picture that `load_image` gives, from the file's header alone. Raises as `load_image`,
+    but does not see what is wrong with the pixels."""
+
+    def upright(image: Image.Image) -> tuple[int, int]:
+        width, height = image.size
+        return (height, width) if image.getexif().get(_ORIENTATION) in (5, 6, 7, 8) else (width, height)
+
+    return _of_file(path, lambda handle, name: _opened(handle, name, MAX_PIXELS, upright))
+
+
+def _of_file(path: str | Path, read: Callable[[BinaryIO, str], T]) -> T:
     path = Path(path)
     if not path.is_file():
         what = "is a folder, not a picture" if path.is_dir() else "does not exist: check the path"
@@ -74,7 +91,7 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
     except OSError as error:
         raise WeftError(f"{path} cannot be opened ({error.strerror}): check its permissions") from error
     with handle:
-        return _decode(handle, str(path), max_pixels)
+        return read(handle, str(path))
 
 
 def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -83,6 +100,17 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Ima
 
 
 def _decode(handle: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+    def whole(image: Image.Image) -> Image.Image:
+        image.load()
+        if image.format == "PNG":
+            _refuse_missing_rows(image, handle)
+        return to_rgb(ImageOps.exif_transpose(image))
+
+    return _opened(handle, name, max_pixels, whole)
+
+
+def _opened(handle: BinaryIO, name: str, max_pixels: int, use: Callable[[Image.Image], T]) -> T:
+    """What `use` makes of an opened picture; everything that can be wrong with it is a `WeftError` with its name."""
     head = handle.read(512)
     handle.seek(0)
     if not head:
@@ -91,10 +119,7 @@ def _decode(handle: BinaryIO, name: str, max_pixels: int) -> Image.Image:
         with Image.open(handle, formats=_FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise WeftError(_too_large(name, f"{image.width} x {image.height}", max_pixels))
-            image.load()
-            if image.format == "PNG":
-                _refuse_missing_rows(image, handle)
-            return to_rgb(ImageOps.exif_transpose(image))
+            return use(image)
     except WeftError as error:
         raise error if name in str(error) else WeftError(f"{name}: {error}") from error
     except Image.UnidentifiedImageError as error:
@@ -153,7 +178,9 @@ def picture_suffix(data: bytes, name: str) -> str:
     """The usual suffix (".png", ".jpg") of an encoded picture. Raises `WeftError` if it is none."""
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            return {"JPEG": ".jpg", "TIFF": ".tif"}.get(str(image.format), f".{str(image.format).lower()}")
+            kind = str(image.format)
+            # MPO: a JPEG with further pictures behind it, as many telephones write
+            return {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(kind, f".{kind.lower()}")
     except Exception as error:  # as in `_decode`
         raise WeftError(f"{name} {_not_a_picture(data[:512])}") from error
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from weft.errors import WeftError
+from weft.media import image_size
 from weft.record import Record
 from weft.train.config import StageRecipe
 
@@ -56,9 +57,5 @@ def picture_size(record: Record) -> Size:
     if part.path is None:
         image = part.load(record.root)
         return image.height, image.width
-    from PIL import Image
-
-    with Image.open(part.file(record.root)) as header:  # the header alone: pictures are read when they are needed
-        width, height = header.size
-        turned = header.getexif().get(0x0112, 1) >= 5
-    return (width, height) if turned else (height, width)
+    width, height = image_size(part.file(record.root))  # of the header: pictures are read when they are needed
+    return height, width
