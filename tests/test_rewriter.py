@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from golden.make_unipic2 import picture
 from tiny_metaquery import tiny_qwen_folder
+from weft.cli.options import ModelOptions
 from weft.errors import WeftError
 from weft.models.rewriter import (
     FIELDS,
@@ -59,6 +62,8 @@ def edit(text="make it red", references=()):
         ("< edit >\n a red star\n</ edit > and more", "a red star"),
         ("<gen>a red star, cut", "a red star, cut"),
         ("Sure: <gen>a red star</gen>", "a red star"),
+        ("<gen> a red star </ge", "a red star"),
+        ("Put the star of <image2> here", "Put the star of <image2> here"),
         ("a red star without tags", "a red star without tags"),
         ("a < b", "a < b"),
         (
@@ -131,7 +136,7 @@ def test_a_failure_is_never_a_text(fake, message):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """An OpenAI-compatible server: keeps what it is asked and answers with the next of `answers`."""
+    """An OpenAI-compatible server without probabilities: keeps what it is asked, answers with the next of `answers`."""
 
     asked: ClassVar[list[dict]] = []
     answers: ClassVar[list[str]] = []
@@ -139,8 +144,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.asked.append(body)
-        token = {"token": "x", "logprob": -0.1, "top_logprobs": []}
-        content = {"message": {"content": self.answers.pop(0)}, "logprobs": {"content": [token]}}
+        content = {"message": {"content": self.answers.pop(0)}, "logprobs": None}
         reply = json.dumps({"choices": [content]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(reply)))
@@ -181,6 +185,37 @@ def test_a_server_is_asked_for_the_form_and_held_to_it(server):
     Handler.answers[:] = ["<gen> do it </gen>"]
     (out,) = open_rewriter(server, model="m").rewrite([edit()])  # not structured: no form is asked for
     assert out.instruction == "do it" and "response_format" not in Handler.asked[-1]
+
+
+def test_a_server_without_probabilities_will_do(server):
+    """Texts alone are wanted, so none are asked for: many servers know none, and 4,096 tokens of them are megabytes."""
+    Handler.answers[:] = ["<gen> do it </gen>"]
+    (out,) = open_rewriter(server, model="m").rewrite([edit()])
+    assert out.instruction == "do it" and "logprobs" not in Handler.asked[0]
+
+
+def test_a_release_s_vlm_is_found_in_its_folder(folder, tmp_path, monkeypatch):
+    """A DreamOmni2 folder holds it as `vlm-model`, on this machine or fetched from the hub."""
+    from weft.models.image import metaquery_parts
+
+    shutil.copytree(folder, tmp_path / "DreamOmni2" / "vlm-model")
+    (tmp_path / "DreamOmni2" / "vlm-model" / "weft.json").write_text('{"rewriter": {"fit": "none"}}')
+    monkeypatch.setattr(metaquery_parts, "from_hub", lambda name, *rest: tmp_path / name.split("/")[1])
+    for where in (tmp_path / "DreamOmni2", "xiabs/DreamOmni2"):
+        assert open_rewriter(where, device="cpu").form.fit == "none"
+    (tmp_path / "DreamOmni2" / "vlm-model" / "model.safetensors").unlink()
+    with pytest.raises(WeftError, match="vlm-model: cannot be read"):
+        open_vlm(tmp_path / "DreamOmni2")
+
+
+def test_a_vlm_that_lacks_weights_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "vlm")
+    file = tmp_path / "vlm" / "model.safetensors"
+    state = load_file(file)
+    del state[next(key for key in state if "down_proj" in key)]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(WeftError, match="1 weights are missing, the first is .*down_proj"):
+        open_vlm(tmp_path / "vlm", device="cpu")
 
 
 def test_in_process_every_answer_is_the_object(folder):
@@ -315,3 +350,9 @@ def test_lora_and_the_frozen_vision_tower(folder, tmp_path):
     full = RewriterTrainable(folder, fit="none")
     assert not any(p.requires_grad for p in full.model.model.visual.parameters())
     assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen2_5_vl"
+
+
+def test_options_of_the_rewriter_do_nothing_without_one():
+    for given in ({"rewrite": "on"}, {"strict_slice": True}, {"rewriter_model": "m"}, {"rewriter_key_env": "KEY"}):
+        with pytest.raises(WeftError, match="does nothing without --rewriter"):
+            ModelOptions(**given).load()

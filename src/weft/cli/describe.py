@@ -74,7 +74,7 @@ class Describe:
         parts = [image_part(path.absolute()) for path in (self.file, *self.also)]
         vlm = open_vlm(self.vlm, model=self.vlm_model, key_env=self.key_env, device=self.device, dtype=self.dtype)
         question = text_part(self.question or QUESTION)
-        (reply,) = vlm.ask([[Turn("user", [*parts, question])]], Ask(max_tokens=self.max_tokens))
+        (reply,) = vlm.ask([[Turn("user", [*parts, question])]], Ask(max_tokens=self.max_tokens, top=0))
         if reply.error is not None:
             raise WeftError(f"{self.vlm} did not answer: {reply.error}")
         return reply.text.strip()

@@ -68,6 +68,8 @@ class ModelOptions:
     an OpenAI-compatible server."""
     rewriter_model: Text = None
     """The VLM's name on that server."""
+    rewriter_key_env: Text = None
+    """The environment variable with that server's key."""
     rewrite: Literal["off", "on", "several"] = "several"
     """With a --rewriter: which requests it rewrites; several: those with two pictures or more."""
     strict_slice: bool = False
@@ -97,12 +99,15 @@ class ModelOptions:
         import weft
 
         rewriter = None
-        if self.rewriter is not None and self.rewrite != "off":
+        if self.rewriter is None:
+            needs = ("rewriter_model", "rewriter_key_env", "rewrite", "strict_slice", "structured")
+            refuse(self, tuple(f.name for f in dataclasses.fields(self) if f.name not in needs), "without --rewriter")
+        elif self.rewrite != "off":
             from weft.models.rewriter import open_rewriter
 
             rewriter = open_rewriter(
                 self.rewriter, when=self.rewrite, strict_slice=self.strict_slice, model=self.rewriter_model,
-                structured=self.structured or None,
+                key_env=self.rewriter_key_env, structured=self.structured or None,
                 device=self.device, dtype=self.dtype,
             )  # fmt: skip
         name = self.name(references)

@@ -29,15 +29,18 @@ EDITING, GENERATION = " It is editing task.", " It is generation task."
 WHEN = ("off", "on", "several")
 FIELDS = ("instruction", "caption")
 PAIR = re.compile(r"\[instruction\]: (.*), \[caption\]: (.*)", re.DOTALL)
-TAG = re.compile(r"<\s*(\w+)\s*>(.*?)(?:<\s*/\s*\1\s*>|\Z)", re.DOTALL)
+TAG = re.compile(r"<\s*(\w+)\s*>(.*?)<\s*/\s*\1\s*>", re.DOTALL)
+CUT = re.compile(r"<\s*\w+\s*>(.*?)(?:<\s*/\s*\w*\s*)?", re.DOTALL)
+"""An answer that ends before, or within, its closing tag."""
 
 
 def parse(answer: str, *, strict_slice: bool = False) -> str:
     """The standardised text inside an answer.
 
     `strict_slice` drops the first 6 and the last 7 characters, as the release does, whatever they are. Otherwise the
-    inside of the first pair of tags, whatever their name; a closing tag that is missing (a cut answer) is no fault;
-    a JSON object's `instruction` and `caption`; and without either the whole answer.
+    inside of the first pair of tags, whatever their name; a closing tag that is missing or torn (a cut answer) is no
+    fault where the answer begins with a tag; a JSON object's `instruction` and `caption`; and without either the
+    whole answer.
     """
     if strict_slice:
         return answer[6:-7]
@@ -50,8 +53,10 @@ def parse(answer: str, *, strict_slice: bool = False) -> str:
         except ValueError:
             return text
         return standard(str(found.get("instruction") or ""), str(found.get("caption") or ""))
-    match = TAG.search(text)
-    return (match[2] if match else text).strip()
+    if match := TAG.search(text):
+        return match[2].strip()
+    match = CUT.fullmatch(text)
+    return (match[1] if match else text).strip()
 
 
 def standard(instruction: str, caption: str) -> str:
@@ -172,7 +177,7 @@ class Rewriter:
         forms = [self.form.fields(record) if self.form.structured else () for record in records]
         for fields in dict.fromkeys(forms):
             rows = [k for k, own in enumerate(forms) if own == fields]
-            how = Ask(max_tokens=self.max_tokens, fields=fields)
+            how = Ask(max_tokens=self.max_tokens, fields=fields, top=0)
             asked = self.vlm.ask([question(records[k], self.form.fit) for k in rows], how)
             replies |= dict(zip(rows, asked, strict=True))
         return [replies[k] for k in range(len(records))]
@@ -201,18 +206,21 @@ def open_vlm(
         if model is None:
             raise WeftError(f"{where}: name the model on that server")
         return RemoteVLM(where, model, key_env=key_env)
-    from weft.models.image.metaquery_parts import find_vlm
     from weft.vlm.local import load_vlm
 
-    folder = Path(where)
-    card = read_json(folder / "weft.json").get("options", {}) if folder.is_dir() else {}
-    if folder.is_dir() and (folder / "conditioner").is_dir():  # a MetaQuery model: the VLM it reads with
-        folder = find_vlm(str(card.get("vlm", "")), folder)
-    elif (folder / "vlm-model").is_dir():  # a DreamOmni2 release
-        folder = folder / "vlm-model"
-    elif not folder.is_dir():
-        folder = find_vlm(where, Path())
-    return load_vlm(folder, device=device, dtype=dtype)
+    return load_vlm(vlm_folder(where), device=device, dtype=dtype)
+
+
+def vlm_folder(where: str | Path) -> Path:
+    """The VLM's own folder of a folder or hub id: inside a DreamOmni2 release, or the one that a MetaQuery model reads
+    with. Raises WeftError if there is none."""
+    from weft.models.image.metaquery_parts import find_vlm
+
+    folder = Path(where) if Path(where).is_dir() else find_vlm(str(where), Path())
+    if (folder / "conditioner").is_dir():
+        card = read_json(folder / "weft.json").get("options", {})
+        return find_vlm(str(card.get("vlm", "")), folder)
+    return folder / "vlm-model" if (folder / "vlm-model").is_dir() else folder
 
 
 def open_rewriter(
@@ -231,7 +239,8 @@ def open_rewriter(
 ) -> Rewriter:
     """A `Rewriter` on the VLM at `where` (see `open_vlm`). `fit`, `structured` and `edit_fields` make its `Form`; None
     takes what the VLM's folder says, else the defaults."""
-    own = read_json(Path(where) / "weft.json").get("rewriter", {}) if not _is_address(where) else {}
+    where = where if _is_address(where) else vlm_folder(where)
+    own = {} if _is_address(where) else read_json(Path(where) / "weft.json").get("rewriter", {})
     given = {"fit": fit, "structured": structured, "edit_fields": None if edit_fields is None else tuple(edit_fields)}
     chosen = {**own, **{key: value for key, value in given.items() if value is not None}}
     if set(chosen) - set(given):

@@ -20,7 +20,8 @@ Question = Sequence[Turn]
 @dataclass(slots=True, frozen=True)
 class Ask:
     """How to ask. `choices` are texts whose probability is wanted at every generated position: exactly in process,
-    from a server as far as they are among its `top` most probable tokens. `temperature` 0 is greedy decoding.
+    from a server as far as they are among its `top` most probable tokens; `top` 0 without choices: none are wanted, and
+    a server need not know them. `temperature` 0 is greedy decoding.
     A sampled reply is a function of (`seed`, question) and of nothing else where the model runs in process. `fields`:
     the reply is a JSON object of exactly these texts (`weft.vlm.structured`), by a constraint on the tokens in process,
     by the server's structured output elsewhere; probabilities are those without the constraint in process."""

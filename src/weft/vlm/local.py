@@ -45,6 +45,7 @@ def load_vlm(
     `max_pixels` in all (None: as the model says). `device`: None takes CUDA, then MPS, then the CPU; `dtype`: None is
     fp32 on the CPU and bf16 elsewhere. Raises WeftError for another family, or a folder that cannot be read."""
     import transformers
+    from safetensors import SafetensorError
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -58,9 +59,18 @@ def load_vlm(
     kind = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
     if isinstance(kind, str):
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(kind) or getattr(torch, kind)
-    model = getattr(transformers, CLASSES[config.model_type]).from_pretrained(
-        folder, dtype=kind, use_safetensors=True, trust_remote_code=False
-    )
+    try:
+        model, info = getattr(transformers, CLASSES[config.model_type]).from_pretrained(
+            folder, dtype=kind, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise WeftError(f"{folder}: cannot be read ({line}); download or export the model again") from error
+    lost = sorted(info["missing_keys"])
+    if lost:
+        raise WeftError(f"{folder}: {len(lost)} weights are missing, the first is {lost[0]}; download the model again")
     processor = Processor.load(folder)
     usual = processor.images.size
     areas = (min_pixels or usual["shortest_edge"], max_pixels or usual["longest_edge"])

@@ -23,7 +23,8 @@ LARGEST_REPLY = 16 << 20
 
 
 class RemoteVLM:
-    """`model` on the server at `url` (up to and with `/v1`). Replies without logprobs are an error, not a guess."""
+    """`model` on the server at `url` (up to and with `/v1`). Replies without logprobs, where these are wanted, are an
+    error, not a guess."""
 
     def __init__(
         self,
@@ -68,14 +69,16 @@ class RemoteVLM:
             "max_tokens": how.max_tokens,
             "temperature": how.temperature,
             "seed": how.seed,
-            "logprobs": True,
-            "top_logprobs": min(self.top, how.top),
         }
+        wanted = how.top > 0 or bool(how.choices)
+        if wanted:
+            body |= {"logprobs": True, "top_logprobs": min(self.top, how.top)}
         if how.fields:
-            wanted = {"name": "reply", "strict": True, "schema": schema(how.fields)}
-            body["response_format"] = {"type": "json_schema", "json_schema": wanted}
+            form = {"name": "reply", "strict": True, "schema": schema(how.fields)}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
+        read = _read if wanted else _read_text
         try:
-            return insist(lambda: self._client.post("chat/completions", json=body), _read, self.breaker)
+            return insist(lambda: self._client.post("chat/completions", json=body), read, self.breaker)
         except Failed as failure:
             return Reply("", error=str(failure))
 
@@ -124,6 +127,19 @@ def _read(response: httpx.Response) -> Reply:
     if not isinstance(text, str) or not tokens:
         raise ValueError("no generated token")
     return Reply(text, tokens)
+
+
+def _read_text(response: httpx.Response) -> Reply:
+    """The same without log-probabilities."""
+    if len(response.content) > LARGEST_REPLY:
+        raise ValueError(f"{len(response.content)} bytes")
+    try:
+        text = response.json()["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError, RecursionError) as error:
+        raise ValueError(f"no chat completion: {type(error).__name__} {error}") from error
+    if not isinstance(text, str):
+        raise ValueError("no text")
+    return Reply(text)
 
 
 def _token(row: dict[str, Any]) -> Token:
