@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -155,6 +156,17 @@ def test_presets_are_of_the_folder_and_of_known_sizes_only(folder):
         load(folder, device="cpu", vram=12)
     with pytest.raises(WeftError, match="leave out vram"):
         load(folder, device="cpu", vram=16, quantization="4bit")
+
+
+def test_presets_count_the_vlm_that_the_user_names_and_no_weight_twice(folder, tmp_path):
+    """A released MetaQuery folder does not say where its VLM is, and some folders hold a second copy in fp16."""
+    metaquery, vlm = tiny_metaquery_folder(tmp_path / "metaquery")
+    model = load(metaquery, device="cpu", options={"vlm": str(vlm)}, vram=24)
+    assert model.vae.use_tiling
+    shutil.copytree(folder / "vae", tmp_path / "vae")
+    (copy,) = (folder / "vae").glob("*.safetensors")
+    shutil.copy(copy, tmp_path / "vae" / copy.name.replace(".safetensors", ".fp16.safetensors"))
+    assert weight_bytes(tmp_path / "vae") == weight_bytes(folder / "vae")
 
 
 # -- licences

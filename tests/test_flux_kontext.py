@@ -18,7 +18,7 @@ from tiny import T5_LENGTH, tiny_flux_folder
 from weft import rng
 from weft.api import Model
 from weft.errors import WeftError
-from weft.models import flow
+from weft.models import flow, lora
 from weft.models.adapt import add_lora, save_lora
 from weft.models.image.flux_kontext import FluxKontext, FluxOptions
 from weft.models.image.layouts import LAYOUTS, find_layout, picture_ids, text_ids
@@ -295,7 +295,7 @@ def test_a_lora_acts_as_if_merged_into_the_weights(folder, release, model):
     assert (v - expected)[[2, 4]].abs().max() <= 1e-5
 
 
-def test_adapters_are_found_in_the_model_s_folder_and_as_single_files(folder, release, tmp_path):
+def test_adapters_are_found_in_the_model_s_folder_and_as_single_files(folder, release, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "omni")
     for place in ("edit_lora", "gen_lora"):
         shutil.copytree(release / place, tmp_path / "omni" / place)
@@ -308,6 +308,10 @@ def test_adapters_are_found_in_the_model_s_folder_and_as_single_files(folder, re
         )
     assert set(find_adapters(single)) == {"edit", "generation"}
     assert load(folder, device="cpu", adapters=single).router.names == ("edit", "generation")
+    with pytest.raises(WeftError, match=r"holds adapters \(edit, generation\), not a model: load their base"):
+        load(release, device="cpu")
+    monkeypatch.setattr(lora, "from_hub", lambda name, *rest: release)
+    assert load(folder, device="cpu", adapters="xiabs/DreamOmni2").router.names == ("edit", "generation")
     with pytest.raises(WeftError, match="no edit_lora or gen_lora folder"):
         load(folder, device="cpu", adapters=tmp_path)
     with pytest.raises(WeftError, match="'style' is unknown; name them edit and generation"):

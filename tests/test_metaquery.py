@@ -306,6 +306,13 @@ def test_the_vlm_inside_the_folder_is_found(folders, tmp_path):
     assert load(tmp_path / "model", device="cpu").vlm is not None
 
 
+def test_a_release_that_keeps_its_parts_one_folder_down_opens(folders, tmp_path):
+    """Skywork/UniPic2-Metaquery-Flash."""
+    shutil.copytree(folders[0], tmp_path / "flash" / "UniPic2-Metaquery")
+    (tmp_path / "flash" / "UniPic2-Metaquery" / "model_index.json").unlink(missing_ok=True)
+    assert isinstance(load(tmp_path / "flash", device="cpu", options={"vlm": str(folders[1])}), UniPic2MetaQuery)
+
+
 def test_clear_errors(folders, tmp_path):
     with pytest.raises(WeftError, match="needs its VLM.*Qwen/Qwen2.5-VL-7B-Instruct"):
         load(folders[0], device="cpu")

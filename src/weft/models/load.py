@@ -17,7 +17,7 @@ from weft.models.image.flux_kontext import FluxKontext, FluxOptions
 from weft.models.image.metaquery import MetaQueryOptions, UniPic2MetaQuery
 from weft.models.image.qwen_image_edit import QwenImageEdit, QwenOptions
 from weft.models.image.sd3_kontext import UniPic2Kontext
-from weft.models.lora import find_adapters, load_lora
+from weft.models.lora import adapters_folder, find_adapters, load_lora
 from weft.models.memory import preset_for
 from weft.models.routing import ROUTES
 from weft.models.weights import (
@@ -25,6 +25,8 @@ from weft.models.weights import (
     QWEN_EDIT,
     SD3,
     Parts,
+    from_hub,
+    is_hub_id,
     licence_note,
     load_parts,
     read_index,
@@ -97,6 +99,9 @@ MOTION = ("OmniMoGenPipeline",)
 """The same for models of movement: see `weft.models.motion.lm`."""
 TRANSFORMERS = {"SD3Transformer2D": "StableDiffusion3Pipeline", "FluxTransformer2D": "FluxKontextPipeline"}
 """The same by the beginning of the transformer's class, for releases without an index."""
+INNER = "UniPic2-Metaquery"
+"""Where Skywork/UniPic2-Metaquery-Flash keeps its parts."""
+HALF_COPIES = ("*.bin", "*.fp16.*", "*.fp16-*")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -150,7 +155,7 @@ def load(
     if vram is not None:
         if offload != "none" or quantization is not None:
             raise WeftError("vram chooses offload and quantization: leave these out, or leave out vram")
-        found = preset_for(folder, vram)
+        found = preset_for(folder, vram, options)
         offload, quantization = found.offload, found.quantization
         tiling, slicing = tiling or found.tiling, slicing or found.slicing
     if offload not in ("none", "model", "sequential"):
@@ -227,22 +232,20 @@ def find_model(name: str) -> Path:
     zoo = Path(weft.__file__).parent / "zoo"
     for path in (Path(name), zoo / name):
         if path.is_dir() and name:
-            return path
+            return _inner(path)
     known = sorted(path.parent.name for path in zoo.glob("*/model_index.json"))
-    looks_like_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
-    if not looks_like_hub:
+    if not is_hub_id(name):
         raise WeftError(f"no model {name!r}: not a folder and not in the zoo ({', '.join(known) or 'empty'})")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     # Only the parts in safetensors: such repositories also hold single-file and half-precision copies of them.
     known_parts = {part for family in FAMILIES.values() for part in (*family.parts.networks, *family.parts.readers)}
     parts = ["model_index.json", "weft.json", *[f"{part}/*" for part in sorted(known_parts)]]
-    try:
-        return Path(snapshot_download(name, allow_patterns=parts, ignore_patterns=["*.bin", "*.fp16.*", "*.fp16-*"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise WeftError(f"no model {name!r}: no such folder or zoo entry, and the hub answered: {reason}") from error
+    parts += [f"{INNER}/{pattern}" for pattern in parts]
+    return _inner(from_hub(name, f"no model {name!r}: no such folder or zoo entry", parts, HALF_COPIES))
+
+
+def _inner(folder: Path) -> Path:
+    """The folder itself, or the one that a release keeps its parts in."""
+    return folder / INNER if (folder / INNER / "transformer" / "config.json").is_file() else folder
 
 
 def _declared(folder: Path) -> str:
@@ -254,6 +257,11 @@ def _declared(folder: Path) -> str:
         return str(index.get("_class_name"))
     config = folder / "transformer" / "config.json"
     if not config.is_file():
+        if found := find_adapters(folder):
+            raise WeftError(
+                f"{folder}: holds adapters ({', '.join(found)}), not a model: load their base, for DreamOmni2 "
+                "black-forest-labs/FLUX.1-Kontext-dev, and give this folder as adapters"
+            )
         raise WeftError(f"{folder}: not a model folder (no model_index.json and no transformer/config.json)")
     name = str(read_json(config).get("_class_name", ""))
     return next((pipeline for start, pipeline in TRANSFORMERS.items() if name.startswith(start)), name)
@@ -321,7 +329,7 @@ def _add_adapters(model: Any, adapters: str | Path | Mapping[str, str] | None, f
     elif isinstance(adapters, Mapping):
         found = dict(adapters)
     else:
-        found = {name: str(path) for name, path in find_adapters(Path(adapters)).items()}
+        found = {name: str(path) for name, path in find_adapters(adapters_folder(adapters)).items()}
         if not found:
             raise WeftError(f"adapters: {adapters} has no edit_lora or gen_lora folder, nor DreamOmni2's single files")
     if not hasattr(model, "route"):

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from weft.errors import WeftError
-from weft.models.weights import _guard
+from weft.models.weights import _guard, from_hub, is_hub_id
 
 logger = logging.getLogger("weft")
 
@@ -145,6 +145,15 @@ ADAPTERS = {
     "generation": ("gen_lora", "DreamOmni2-7.6B-Gen-Lora.safetensors"),
 }
 """Where the two adapters of DreamOmni2 lie in its release, and their names as single files."""
+ADAPTER_FILES = tuple(place if "." in place else f"{place}/*" for places in ADAPTERS.values() for place in places)
+"""What to fetch of a hub repository for them."""
+
+
+def adapters_folder(name: str | Path) -> Path:
+    """A folder with adapters, or that of a hub repository. Raises WeftError if it is neither."""
+    if Path(name).exists() or not is_hub_id(str(name)):
+        return Path(name)
+    return from_hub(str(name), f"adapters {str(name)!r}: no such folder", ADAPTER_FILES)
 
 
 def find_adapters(folder: Path) -> dict[str, Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,11 @@ class Preset:
 
 
 def weight_bytes(folder: Path) -> float:
-    """Bytes of a part's weights in 16 bits, from the headers of its safetensors files."""
+    """Bytes of a part's weights in 16 bits, from the headers of its safetensors files (without copies in fp16)."""
     count = 0
     for path in folder.glob("*.safetensors"):
+        if ".fp16" in path.name:
+            continue
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(length))
@@ -68,8 +70,9 @@ def preset(vram: int, sizes: dict[str, float], quantized: Sequence[str]) -> Pres
     return Preset("sequential", None, small, small)
 
 
-def preset_for(folder: Path, vram: int) -> Preset:
-    """The preset of a model folder. Parts that lie elsewhere (a MetaQuery model's VLM) are counted with it."""
+def preset_for(folder: Path, vram: int, options: Mapping[str, Any] | None = None) -> Preset:
+    """The preset of a model folder opened with the family's `options`. Parts that lie elsewhere (a MetaQuery model's
+    VLM) are counted with it."""
     from weft.models.load import family_of
     from weft.models.weights import part_folder
 
@@ -80,6 +83,6 @@ def preset_for(folder: Path, vram: int) -> Preset:
         from weft.models.image.metaquery_parts import find_vlm
         from weft.models.weights import read_json
 
-        card = read_json(folder / "weft.json").get("options", {})
+        card = {**read_json(folder / "weft.json").get("options", {}), **(options or {})}
         sizes["vlm"] = weight_bytes(find_vlm(str(card.get("vlm", "")), folder))
     return preset(vram, sizes, family.quantized)

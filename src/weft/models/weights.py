@@ -23,6 +23,25 @@ SD3_PARTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer", "te
 SD3_OPTIONAL = ("text_encoder_3", "tokenizer_3")
 
 
+def from_hub(name: str, what: str, allow: Sequence[str], ignore: Sequence[str] = ()) -> Path:
+    """The files of a hub repository that match `allow` and not `ignore`, on this machine (needs a network at first).
+
+    Raises WeftError with `what` and the hub's answer.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(allow), ignore_patterns=list(ignore)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise WeftError(f"{what}, and the hub answered: {_line(error)[:200]}") from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no path here may be a hub repository's."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+
+
 def licence_note(name: str | Path) -> str | None:
     """What is known about the licence of a public checkpoint (`weft.models.licences`), as one line."""
     found = find_licence(name)

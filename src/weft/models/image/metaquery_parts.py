@@ -10,7 +10,8 @@ import torch
 from weft.errors import WeftError
 from weft.models.image.connector import StableDiffusion3Conditioner, initialise
 from weft.models.image.metaquery import MetaQueryOptions, UniPic2MetaQuery
-from weft.models.weights import METAQUERY, Parts, _network, load_parts, read_json
+from weft.models.lora import ADAPTER_FILES
+from weft.models.weights import METAQUERY, Parts, _network, from_hub, is_hub_id, load_parts, read_json
 from weft.vlm.processor import Processor
 
 VLM_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")
@@ -31,16 +32,9 @@ def find_vlm(name: str, folder: Path) -> Path:
             f"{folder}: a MetaQuery model needs its VLM: give its folder or hub id (--option vlm=...), for the "
             "released checkpoint Qwen/Qwen2.5-VL-7B-Instruct"
         )
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_hub_id(name):
         raise WeftError(f"vlm {name!r}: no such folder; give the folder or hub id of a Qwen2.5-VL model")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(VLM_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise WeftError(f"vlm {name!r}: no such folder, and the hub answered: {reason}") from error
+    return from_hub(name, f"vlm {name!r}: no such folder", VLM_FILES, ADAPTER_FILES)
 
 
 def vlm_parts(
