@@ -309,6 +309,24 @@ def test_data_commands(weft: Run, picture: Path, tmp_path: Path) -> None:
     for medium in again.parent.rglob("*.png"):
         medium.unlink()
     assert weft("data", "check", again)[0] == 1
+    usable = file.with_name("usable.jsonl")
+    is_one_line(weft("data", "check", again, "-o", again), "name another file")
+    status, out, err = weft("data", "check", again, "-o", usable)
+    assert status == 2 and "1 skipped" in out and "no record can be used" in err and not usable.exists()
+    bad = Image.new("RGB", (8, 8), "blue")
+    write_records(file, [make_record("make it red", picture, id="one"), make_record("x", target=bad, id="two")])
+    target = [json.loads(line) for line in file.read_text().splitlines()][1]["turns"][1]["parts"][0]["path"]
+    (file.parent / target).write_bytes(b"<html>")
+    for place, media in (
+        (usable, sorted(p.name for p in file.parent.glob("media/*"))),
+        (tmp_path / "a" / "b.jsonl", 1),
+    ):
+        status, out, _ = weft("data", "check", file, "-o", place)
+        assert status == 1 and "1 used, 1 skipped" in out and "web page" in out
+        assert [json.loads(line)["id"] for line in place.read_text().splitlines()] == ["one"]
+        found = sorted(p.name for p in place.parent.glob("media/*"))
+        assert found == media or len(found) == media
+        assert weft("data", "check", place)[0] == 0
     file.write_text("not json\n")
     is_one_line(weft("data", "show", file), "records.jsonl:1")
 

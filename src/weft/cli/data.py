@@ -28,13 +28,26 @@ class Check:
 
     path: Positional[Path]
     """A JSONL file of records."""
+    out: Annotated[File, tyro.conf.arg(aliases=["-o"], metavar="FILE.jsonl")] = None
+    """Write the records that can be used; media stay where they are, or are copied into another folder."""
 
     def run(self) -> int:
         check_file(self.path, "records file")
+        if self.out is not None:
+            if self.out.suffix != ".jsonl" or self.out.absolute() == self.path.absolute():
+                raise WeftError(f"{self.out}: name another file for the usable records, with the suffix .jsonl")
+            check_folder(self.out.parent)
         from weft.data.check import check_records
+        from weft.record import write_records
 
         report = check_records(self.path)
         print(report)
+        if self.out is not None:
+            if not report.usable:
+                raise WeftError(f"{self.path}: no record can be used, nothing is written to {self.out}")
+            beside = self.out.absolute().parent == self.path.absolute().parent
+            write_records(self.out, report.usable, media="keep" if beside else "copy")
+            print(self.out)
         return 1 if report.faults else 0
 
 

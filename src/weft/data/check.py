@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weft.data.sources import MAX_FAULTS, SourceConfig, read_source, refuse_faults
+from weft.data.sources import SourceConfig, read_source
 from weft.errors import WeftError
 from weft.motion import Motion, load_part
 from weft.record import Record
@@ -16,11 +16,10 @@ from weft.record import Record
 
 @dataclass(slots=True)
 class Report:
-    """Rows read, used and skipped, each fault by name, and what the usable records hold."""
+    """Rows read, used and skipped, each fault by name, the `usable` records and what they hold."""
 
     name: str
     rows: int = 0
-    used: int = 0
     faults: list[str] = field(default_factory=list)
     tasks: Counter[str] = field(default_factory=Counter)
     references: Counter[int] = field(default_factory=Counter)  # references of a record -> records
@@ -30,6 +29,11 @@ class Report:
     skeletons: Counter[str] = field(default_factory=Counter)
     without_target: int = 0
     aspect_changes: int = 0  # source and target differ in aspect by over 2 %: the edit cannot be aligned
+    usable: list[Record] = field(default_factory=list)
+
+    @property
+    def used(self) -> int:
+        return len(self.usable)
 
     @property
     def skipped(self) -> int:
@@ -77,29 +81,14 @@ def check_records(source: str | Path | SourceConfig) -> Report:
     return report
 
 
-def usable_records(
-    records: Sequence[Record], *, max_faults: float = MAX_FAULTS, name: str = "data"
-) -> tuple[list[Record], Report]:
-    """The records whose pictures and movements can all be read, and the report on the others.
-
-    Raises `WeftError` if more than `max_faults` (a share) of the records are bad.
-    """
-    report = Report(name, rows=len(records))
-    used = _look(records, report)
-    refuse_faults(report.faults, report.rows, max_faults, name)
-    return used, report
-
-
-def _look(records: Sequence[Record], report: Report) -> list[Record]:
-    used = []
+def _look(records: Sequence[Record], report: Report) -> None:
     for record in records:
         try:
             sizes, movements = _sizes(record), _movements(record)
         except WeftError as error:
             report.faults.append(f"record {record.id}: {error}")
             continue
-        used.append(record)
-        report.used += 1
+        report.usable.append(record)
         report.tasks[record.task] += 1
         report.references[len(record.references)] += 1
         report.pictures += len(sizes)
@@ -112,7 +101,6 @@ def _look(records: Sequence[Record], report: Report) -> list[Record]:
         if source and target and {id(source), id(target)} <= set(sizes):
             (w, h), (tw, th) = sizes[id(source)], sizes[id(target)]
             report.aspect_changes += abs(w * th / (h * tw) - 1) > 0.02
-    return used
 
 
 def _sizes(record: Record) -> dict[int, tuple[int, int]]:
