@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from test_online import bright, dark, quiet, recipe
+from test_online import HERE, bright, dark, quiet, recipe
 from tiny import tiny_kontext_folder
 from weft.errors import WeftError
 from weft.train import read_recipe
@@ -50,6 +50,21 @@ def test_two_stages_continue_one_adapter_and_measure_both_tasks(folder, tmp_path
     again = run_stages(stages, evaluators={"edits": measure, "scenes": measure}, rewards=[bright, bright], say=quiet)
     assert seen == [2] * 4 and [r.step for r in again] == [2, 2]
     assert again[1].last["edits/size"] == table[1]["edits/size"]
+
+
+def test_without_evaluators_every_stage_is_measured_by_all_rewards_on_held_out_requests(folder, tmp_path):
+    """As the command line runs PDTR: the recipes are all it has."""
+    stages = two(folder, tmp_path)
+    for tree, goal in zip(stages, ("bright", "dark"), strict=True):
+        tree["run"]["steps"] = 2
+        tree["reward"] = {"scorers": [{"call": f"{HERE}:{goal}"}]}
+        tree["grid"] = {"source": {"call": f"{HERE}:requests"}, "count": 3, "steps": 2}
+    run_stages(stages, say=quiet)
+    first, second = json.loads((tmp_path / "stages.json").read_text())
+    for row in (first, second):
+        assert row["edit/reward"] + row["generate/reward"] == pytest.approx(1) and row["edit/missing"] == 0
+        assert row["edit/bright"] == row["edit/reward"]
+    assert first["edit/reward"] != second["edit/reward"]
 
 
 def test_full_weights_continue_from_the_exported_folder(folder, tmp_path):

@@ -26,7 +26,7 @@ from weft.errors import WeftError
 from weft.record import Record
 from weft.train.config import Recipe, SourceRecipe, StageRecipe, load_object, nearest
 from weft.train.parallel import Processes
-from weft.train.sizes import Size, nearest_size, picture_size, stage_sizes
+from weft.train.sizes import Size, nearest_size, picture_size, sized, stage_sizes
 from weft.types import Condition, Example, Trainable
 from weft.vlm.processor import Processor
 
@@ -207,7 +207,7 @@ class Feed:
         }
 
     def _sized(self, record: Record, size: Size | None) -> Record:
-        return record if size is None else dataclasses.replace(record, meta={**record.meta, "size": list(size)})
+        return sized([record], None if size is None else [size])[0]
 
     def _encode(self, records: Sequence[Record], size: Size | None) -> list[Example]:
         with self._resolution(size), torch.no_grad():
@@ -228,10 +228,7 @@ class Feed:
 
     def sized(self, records: Sequence[Record]) -> list[Record]:
         """Held-out records with the sizes that the last stage trains at."""
-        sizes = self.sizes[-1]
-        if sizes is None:
-            return list(records)
-        return [self._sized(r, sizes[nearest_size(*picture_size(r), sizes) if len(sizes) > 1 else 0]) for r in records]
+        return sized(records, self.sizes[-1])
 
     def fixed(self, records: Sequence[Record], batch: int) -> list[Example]:
         """Examples of held-out records at the sizes of the last stage (past the cache)."""

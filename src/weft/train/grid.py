@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from weft.errors import WeftError
+from weft.record import Record
 from weft.report.sheet import contact_sheet
 from weft.sample.rollout import sample_flow
 from weft.train.config import GridRecipe
@@ -26,14 +28,7 @@ def draw_grid(model: Trainable, config: GridRecipe | None, feed: Feed, path: Pat
     rows: list[list[Image.Image | None]] = []
     captions: list[str] = []
     widest = max(len(record.references) for record in records)
-    for seed, record in enumerate(records):  # one by one: sizes and reference counts may differ for any family
-        flow: Any = model
-        conditions = flow.encode([record])
-        negative = flow.encode([record], negative=config.negative) if config.guidance > 1 else None
-        rollout = sample_flow(
-            flow, conditions, steps=config.steps, guidance=config.guidance, negative=negative, seeds=[seed]
-        )
-        made = flow.decode(rollout.latents, rollout.sizes)[0]
+    for record, made in zip(records, draw(model, config, records), strict=True):
         references = [part.load(record.root) for part in record.references]
         row = [record.source.load(record.root) if record.source else None, *references]
         row += [None] * (1 + widest - len(row))
@@ -44,3 +39,18 @@ def draw_grid(model: Trainable, config: GridRecipe | None, feed: Feed, path: Pat
     side = max(image.width for row in rows for image in row if image is not None)
     contact_sheet(rows, columns=columns, captions=captions, scale=3 if side <= 128 else 1, path=path)
     return path
+
+
+@torch.no_grad()
+def draw(model: Trainable, config: GridRecipe, records: Sequence[Record]) -> list[Image.Image]:
+    """One picture for each record, sampled as `config` says; seeds are 0, 1, 2 ..."""
+    flow: Any = model
+    out: list[Image.Image] = []
+    for seed, record in enumerate(records):  # one by one: sizes and reference counts may differ for any family
+        conditions = flow.encode([record])
+        negative = flow.encode([record], negative=config.negative) if config.guidance > 1 else None
+        rollout = sample_flow(
+            flow, conditions, steps=config.steps, guidance=config.guidance, negative=negative, seeds=[seed]
+        )
+        out.append(flow.decode(rollout.latents, rollout.sizes)[0])
+    return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,3 +60,13 @@ def picture_size(record: Record) -> Size:
         return image.height, image.width
     width, height = image_size(part.file(record.root))  # of the header: pictures are read when they are needed
     return height, width
+
+
+def sized(records: Sequence[Record], sizes: Sequence[Size] | None) -> list[Record]:
+    """Records whose output has the one of these sizes that is nearest in aspect; as they are without sizes."""
+    if sizes is None:
+        return list(records)
+    which = [nearest_size(*picture_size(r), sizes) if len(sizes) > 1 else 0 for r in records]
+    return [
+        dataclasses.replace(r, meta={**r.meta, "size": list(sizes[k])}) for r, k in zip(records, which, strict=True)
+    ]

@@ -13,9 +13,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from weft.errors import WeftError, exit_status
-from weft.train.config import Recipe, plain, read_recipe
+from weft.reward.mix import averages
+from weft.train.config import GridRecipe, Recipe, plain, read_recipe
+from weft.train.feed import open_source
+from weft.train.grid import draw
 from weft.train.loop import Evaluator, RunResult, run
+from weft.train.online import make_mixture
+from weft.train.sizes import sized, stage_sizes
 
 
 def run_stages(
@@ -29,12 +36,15 @@ def run_stages(
     """Train the stages in order and return their results; `overrides` go to all of them.
 
     From the second one on, a stage starts from the export before it: its `model.path`, or with LoRA its
-    `model.lora.start` (the base stays, and with it a reference of "off"). All `evaluators` are called at the end of
-    every stage and their numbers written to `stages.json` beside the run folders. `rewards` are those of `run`, one
-    per stage. A stage that is complete is not repeated. Raises WeftError if the stages do not fit together.
+    `model.lora.start` (the base stays, and with it a reference of "off"). All `evaluators` (None: those of
+    `held_out_rewards`) are called at the end of every stage and their numbers written to `stages.json` beside the run
+    folders. `rewards` are those of `run`, one per stage. A stage that is complete is not repeated. Raises WeftError if
+    the stages do not fit together.
     """
     configs = [read_recipe(recipe, overrides) for recipe in recipes]
     check_stages(configs, rewards)
+    if evaluators is None:
+        evaluators = held_out_rewards(configs, rewards)
     results: list[RunResult] = []
     table: list[dict[str, Any]] = []
     for number, config in enumerate(configs):
@@ -50,6 +60,33 @@ def run_stages(
         table.append({"stage": number + 1, "folder": str(result.folder), "step": result.step, **measured})
         _record(Path(configs[0].run.folder).parent / "stages.json", table)
     return results
+
+
+def held_out_rewards(configs: Sequence[Recipe], rewards: Sequence[Any] | None = None) -> dict[str, Evaluator]:
+    """For each stage with a `grid` section an evaluator, named as its run folder: pictures for the grid's records, at
+    the size of the stage's last part, and what its own reward says of them: `reward`, each scorer's mean, and `missing`
+    (a share). So every stage is measured on the tasks of all."""
+    return {
+        Path(config.run.folder).name: _held_out(config, config.grid, rewards[k] if rewards else None)
+        for k, config in enumerate(configs)
+        if config.grid is not None and config.rollout is not None
+    }
+
+
+def _held_out(config: Recipe, grid: GridRecipe, reward: Any) -> Evaluator:
+    mixture: Any = None
+
+    def measure(model: Any, step: int) -> dict[str, float]:
+        nonlocal mixture
+        mixture = mixture or make_mixture(config.reward, reward, config.method.name)
+        source = open_source(grid.source)
+        records = [source[i] for i in range(min(grid.count, len(source)))]
+        records = sized(records, stage_sizes(config.stages[-1]) if config.stages else None)
+        scores = mixture.score(list(zip(records, draw(model, grid, records), strict=True)))
+        mixed = mixture.mixed(scores, config.run.steps)  # with the weights that the stage ends with
+        return averages({"reward": mixed.total} | mixed.parts) | {"missing": float(np.isnan(mixed.total).mean())}
+
+    return measure
 
 
 def check_stages(configs: Sequence[Recipe], rewards: Sequence[Any] | None) -> None:
