@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
@@ -318,6 +319,22 @@ def test_training_teaches_it_and_the_export_rewrites(folder, tmp_path):
     taught = standardised(str(path))
     assert [record.instruction for record in taught] == [record.instruction for record in out]
     assert len(taught[1].inputs) == 2
+
+
+def test_a_changed_file_of_records_is_encoded_anew(folder, tmp_path):
+    """Generated sources are remembered with their cache; `standardised` generates nothing, it reads a file."""
+    from weft.train.config import read_recipe
+    from weft.train.loop import Trainer
+
+    path, keys = tmp_path / "records.jsonl", []
+    for text in ("make the star red", "make the star green"):
+        write_records(path, [replace(record, meta={"standard": text}) for record in records()])
+        call = {"call": "weft.models.rewriter_training:standardised", "args": {"path": str(path)}}
+        tree = recipe(folder, tmp_path / "run", path) | {"data": [{"source": call}]}
+        trainer = Trainer(read_recipe(tree), {}, lambda line: None)
+        trainer.prepare_data()
+        keys.append({key for key, _ in trainer.feed._keys.values()})
+    assert len(keys[0]) == 2 and not keys[0] & keys[1]
 
 
 def test_a_form_is_trained_and_kept(folder, tmp_path):

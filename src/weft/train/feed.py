@@ -359,8 +359,11 @@ class Feed:
         return True
 
     def _memory(self, config: SourceRecipe, size: Size | None) -> Path | None:
-        """Where the keys of a generated source are remembered; files on disk may change, so theirs are not."""
+        """Where the keys of a generated source are remembered; files on disk may change, so theirs are not, nor those
+        of a callable that reads a file."""
         if config.call is None or self.cache is None:
+            return None
+        if any(isinstance(value, str) and Path(value).exists() for value in config.args.values()):
             return None
         facts = [config.call, config.args, config.limit, code_digest(config.call), size, self.print]
         return self.cache.folder / f"keys-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}.json"
