@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from PIL import Image
 
 import weft
 from weft.api import Defaults, Model, Options
+from weft.cli.options import SamplingOptions
 from weft.errors import WeftError
 from weft.record import make_record
+from weft.sample.solvers import SOLVERS
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,28 @@ def test_woven_pictures(model: Model, scene: Image.Image, tmp_path: Path) -> Non
     text = "give the star the material of {cloth.png}"
     image = model.edit(scene, weft.weave(text, root=tmp_path), steps=1)
     assert image.info["weft"]["instruction"] == "give the star the material of picture 2"
+
+
+def test_solver_and_callback_reach_the_sampler(model: Model) -> None:
+    seen: list[tuple[int, float]] = []
+    latents: dict[int, Any] = {}
+
+    def callback(flow: Any, step: int, time: Any, tensors: dict[str, Any]) -> None:
+        assert flow is model.flow and list(tensors) == ["latents"]
+        seen.append((step, float(time)))
+        latents[len(seen)] = tensors["latents"].clone()
+
+    record = make_record("a red star")
+    for solver in ("euler", "ab2"):
+        options = Options(steps=4, guidance=1, solver=solver, callback_on_step_end=callback)
+        (output,) = model.run([record], seeds=[5], options=options)
+        assert output.metadata.get("solver", "euler") == solver
+    assert [step for step, _ in seen] == [0, 1, 2, 3] * 2 and seen[0][1] == 1000
+    assert latents[1].equal(latents[5]) and not latents[4].equal(latents[8])
+    with pytest.raises(WeftError, match="solver 'heun' is unknown"):
+        list(model.run([record], options=Options(steps=1, solver="heun")))
+    assert set(get_args(get_type_hints(SamplingOptions)["solver"])) == set(SOLVERS)
+    assert SamplingOptions(solver="ab2").options().solver == "ab2"
 
 
 def test_batches_and_order_change_nothing(model: Model, scene: Image.Image) -> None:

@@ -24,6 +24,7 @@ from weft.rng import seed_of
 
 if TYPE_CHECKING:
     from weft.models.rewriter import Rewriter
+    from weft.sample.rollout import Callback
     from weft.types import FlowModel
 
 Picture = Image.Image | str | Path
@@ -41,13 +42,17 @@ class Defaults:
 @dataclass(slots=True)
 class Options:
     """How to sample; None is the model's own default. `guidance` 1 switches classifier-free guidance off and halves
-    the work; `batch` changes the speed and the memory, never the pictures."""
+    the work; `batch` changes the speed and the memory, never the pictures. `solver` is one of
+    `weft.sample.solvers.SOLVERS`; `callback_on_step_end` has diffusers' signature and is called for every batch
+    (`weft.sample.rollout.sample_flow`)."""
 
     steps: int | None = None
     guidance: float | None = None
     negative: str = ""
     batch: int = 8
     progress: bool = False
+    solver: str = "euler"
+    callback_on_step_end: Callback | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -216,6 +221,8 @@ class Model:
             negative=[negative[i] for i in pick] if negative else None,
             seeds=[seed for _, seed in jobs],
             progress=options.progress,
+            solver=options.solver,
+            callback_on_step_end=options.callback_on_step_end,
         )
         images = self.flow.decode(rollout.latents, rollout.sizes)
         for (record, seed), image in zip(jobs, images, strict=True):
@@ -225,6 +232,8 @@ class Model:
                 "weft": weft.__version__, "model": self.name, "instruction": record.instruction, "seed": seed,
                 "steps": steps, "guidance": guidance, "negative": options.negative,
             }  # fmt: skip
+            if options.solver != "euler":
+                facts["solver"] = options.solver
             if "asked" in record.meta:  # the instruction is the rewriter's
                 facts["asked"] = record.meta["asked"]
             image.info["weft"] = facts

@@ -155,6 +155,8 @@ class SamplingOptions:
     """Classifier-free guidance; 1 switches it off and halves the time; default: the model's."""
     negative: Annotated[str, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")] = ""
     """What the picture should not be (used by the guidance)."""
+    solver: Literal["euler", "ab2", "dpmpp_2m", "dpmpp_2m_heun", "dpmpp_2m_release"] = "euler"
+    """The solver of the steps (docs/sampling.md); those of second order need fewer steps."""
     size: Annotated[str | None, tyro.conf.arg(metavar="WxH", help_behavior_hint="")] = None
     """Width x height in pixels, as 96x64; default: the model's, for an edit the source's."""
     batch: int = 8
@@ -164,7 +166,7 @@ class SamplingOptions:
         """The API's options; raises WeftError for numbers out of range."""
         from weft.api import Options
 
-        return Options(self.steps, self.guidance, self.negative, self.batch, progress)
+        return Options(self.steps, self.guidance, self.negative, self.batch, progress, self.solver)
 
 
 @dataclass(kw_only=True)
