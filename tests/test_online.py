@@ -271,6 +271,20 @@ def test_filters_drop_groups_and_bans_last(folder, tmp_path):
     assert len(state["banned"]) == 3
 
 
+def test_a_ban_lasts_when_the_data_have_no_other_requests(folder, tmp_path):
+    """Four of six requests are wanted and three are settled: what cannot be replaced is left out, not sampled again."""
+    banning = {"filter": {"rule": "ban"}}
+    reward = {"scorers": [{"call": f"{HERE}:good"}]}
+    rollout = {"groups": 4, "updates": 1}
+    run(recipe(folder, tmp_path / "few", options=banning, reward=reward, rollout=rollout), ["run.steps=5"], say=quiet)
+    last = log(tmp_path / "few")[-1]
+    assert last["groups_banned"] == 3 and last["groups"] == 3 and last["reward_group_std"] > 0.1
+    all_settled = {"scorers": [{"call": f"{HERE}:level", "args": {"value": 0.95}}]}
+    tree = recipe(folder, tmp_path / "none", options=banning, reward=all_settled, rollout=rollout | {"patience": 9})
+    with pytest.raises(WeftError, match="all 6 requests are banned as settled"):
+        run(tree, ["run.steps=5"], say=quiet)
+
+
 def good(batch):
     """Requests of even number are settled; the others are wildly mixed."""
     out = []
@@ -316,6 +330,7 @@ def test_the_watched_scorers_gap_raises_an_alarm(folder, tmp_path):
         ("grpo", {}, {"rollout": {"kind": "cps", "window": {"size": 3, "range": [0, 3]}}}, "without noise"),
         ("grpo", {"timestep_fraction": 1.0}, {"rollout": {"kind": "cps"}}, "without noise"),
         ("grpo", {}, {"model": {"lora": {**LORA, "dropout": 0.1}}}, "drops out 0.1"),
+        ("grpo", {"timestep_fraction": 0.5}, {"rollout": {"window": {"size": 1}}}, "its 1 steps are trained"),
         ("grpo", {"reference": "off"}, {"model": {"lora": None}}, "LoRA"),
         ("grpo", {"clip": 0}, {}, "clip"),
         ("grpo", {"klform": "exact"}, {}, "kl_form"),

@@ -178,6 +178,22 @@ def test_what_is_too_slow_is_missing_and_asked_again() -> None:
         assert len(calls) > 1
 
 
+def test_training_waits_for_its_service_and_refuses_to_start_without_it() -> None:
+    from weft.train.geometry import RewardRecipe, ScorerRecipe
+    from weft.train.online import make_mixture
+
+    def mixture(url: str, **args: Any) -> Any:
+        args |= {"url": url, "retries": 0, "patience": 0.2}
+        return make_mixture(RewardRecipe([ScorerRecipe("weft.reward.client:RewardClient", args)]), None, "nft")
+
+    with pytest.raises(WeftError, match="start it with weft reward serve"):
+        mixture("http://127.0.0.1:9")
+    with served() as (at, _):
+        assert mixture(at).scorers[0].name == "RewardClient"
+        with pytest.raises(WeftError, match="has no scorer 'darkness'"):
+            mixture(at, scorer="darkness")
+
+
 def test_the_queue_is_bounded() -> None:
     gate, gate_entered = threading.Event(), threading.Event()
 

@@ -89,6 +89,22 @@ class RewardClient:
             raise WeftError(f"{self.url} has several scorers ({', '.join(known)}): name one with scorer=")
         return about
 
+    def ready(self) -> None:
+        """Wait for the service to answer, `patience` seconds at most (it may still be loading its model), and `check`
+        it. Training calls this before the first rollouts. Raises WeftError."""
+        import httpx
+
+        breaker = self.breaker
+        end = breaker.clock() + breaker.patience.patience
+        while breaker.clock() < end:
+            try:
+                if self._http.get("health").status_code < 500:
+                    break
+            except httpx.TransportError:
+                pass  # not there yet
+            breaker.sleep(min(breaker.patience.cooldown, 1.0))
+        self.check()  # says what is wrong
+
     def __call__(self, batch: Sequence[Pair]) -> list[Score]:
         """One score for each (record, picture), in order."""
         with self._lock:

@@ -72,7 +72,8 @@ class RolloutRecipe:
 @dataclass(slots=True)
 class ScorerRecipe:
     """A scorer by its dotted path (`package.module:name` or `file.py:name`). A class is built with `args`, a function
-    is called with the batch and `args`. `name` (default: that of the object) stands in logs. The other fields are
+    is called with the batch and `args`. An object with a method `ready` is asked before the first rollouts: it may wait
+    for what it needs, or raise. `name` (default: that of the object) stands in logs. The other fields are
     those of `weft.reward.ScorerConfig`."""
 
     call: str

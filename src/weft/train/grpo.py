@@ -126,6 +126,12 @@ class Grpo:
                 "dance_sde or cps with rollout.eta > 0, or use method nft, which takes any sampler"
             )
         kernels.coefficients(1.0, 0.5, kind=rollout.kind, eta=rollout.eta)
+        given = self.setting.recipe.method.options
+        if rollout.window is not None and (ignored := [k for k in ("timesteps", "timestep_fraction") if k in given]):
+            raise WeftError(
+                f"method.options.{ignored[0]} chooses steps of a whole trajectory, but with rollout.window its "
+                f"{rollout.window.size} steps are trained: remove one of the two"
+            )
         window = rollout.window
         stop = rollout.steps if window is None else (rollout.steps - 1 if window.range is None else window.range[1])
         if window is None:

@@ -357,5 +357,8 @@ def _scorer(item: ScorerRecipe) -> Any:
         if key not in known:
             raise WeftError(f'reward.scorers.args: {item.call} has no argument "{key}"; {nearest(key, known)}')
     if inspect.isclass(found):
-        return found(**item.args)
+        made = found(**item.args)
+        if callable(ready := getattr(made, "ready", None)):
+            ready()
+        return made
     return functools.partial(found, **item.args) if item.args else found

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weft.errors import WeftError
 from weft.record import Record
 from weft.reward.advantage import group_key
 from weft.reward.mix import Mixture
@@ -71,14 +72,21 @@ class Epoch:
 def plan_epoch(
     feed: Feed, recipe: RolloutRecipe, processes: Processes, seed: int, number: int, banned: Collection[str]
 ) -> Epoch:
-    """The samples of epoch `number`: distinct requests from the sampler; banned ones are replaced by others."""
+    """The samples of epoch `number`: distinct requests from the sampler; banned ones are replaced by others, and left
+    out where the data have no others. Raises WeftError if all are banned."""
     name, records = feed.requests(number)
     keys = [group_key(record) for record in records]
     spare = [i for i, key in enumerate(keys) if key in banned]
     for place, (key, record) in zip(spare, others(feed, seed, number, {*keys, *banned}, len(spare)), strict=False):
         records[place], keys[place] = record, key
+    requests = [(key, record) for key, record in zip(keys, records, strict=True) if key not in banned]
+    if not requests:
+        raise WeftError(
+            f"epoch {number}: all {len(banned)} requests are banned as settled: the run is done; end it at this step, "
+            f"give it harder requests, or another filter"
+        )
     epoch = Epoch(number, name)
-    add_samples(epoch, recipe, processes, seed, list(zip(keys, records, strict=True)))
+    add_samples(epoch, recipe, processes, seed, requests)
     return epoch
 
 
