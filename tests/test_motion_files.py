@@ -102,6 +102,25 @@ def lines_of(clip: Motion, path: Path) -> list[str]:
     return path.read_text().splitlines()
 
 
+def test_other_writers_bvh(clip: Motion, tmp_path: Path) -> None:
+    """Small key words and broken or joined lines of numbers, as other programs write and Blender reads them."""
+    path = tmp_path / "a.bvh"
+    write_motion(clip, path)
+    wanted = read_bvh(path).positions
+    head, body = path.read_text().split("MOTION\n")
+    first, second, *rows = body.splitlines()
+    top = f"{head}MOTION\n{first}\n{second}\n"
+    small = head.replace("HIERARCHY", "Hierarchy").replace("JOINT", "Joint").replace("rotation", "ROTATION")
+    for other in (
+        small + f"Motion\n{body}",
+        head.replace("ROOT pelvis", "ROOT MOTION_pelvis").replace("End Site", "end site") + f"MOTION\n{body}",
+        top + " ".join(rows),
+        top + "\n".join(" ".join(row.split()[:9]) + "\n" + " ".join(row.split()[9:]) for row in rows),
+    ):
+        path.write_text(other)
+        assert np.array_equal(read_bvh(path).positions, wanted)
+
+
 def test_damaged_bvh(clip: Motion, tmp_path: Path) -> None:
     path = tmp_path / "a.bvh"
     lines = lines_of(clip, path)
@@ -229,7 +248,8 @@ def foreign(table: dict, clip: Motion, unit: float, prefix: str = "") -> Rig:
 def test_tables_units_and_axes(clip: Motion) -> None:
     from weft.motion.rig import TABLES
 
-    for name, prefix in (("mixamo", "mixamorig:"), ("iclone", ""), ("humanml3d", "")):
+    prefixes = ("mixamorig:", "mixamorig", "mixamorig1:", "mixamorig12_", "Armature|mixamorig:", "")
+    for name, prefix in (*(("mixamo", p) for p in prefixes), ("iclone", ""), ("humanml3d", "")):
         for unit in (1.0, 100.0, 1000.0, 1 / 0.0254):
             found = to_motion(foreign(TABLES[name], clip, unit, prefix))
             assert found.meta["table"] == name and np.abs(found.joints - clip.joints).max() < 1e-4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,8 +155,8 @@ def find_table(names: Sequence[str]) -> str:
 
 
 def plain(name: str) -> str:
-    """A joint name without the namespace that exporters prefix (mixamorig:Hips, Armature|Hips)."""
-    return name.replace("|", ":").rsplit(":", 1)[-1]
+    """A joint name without the namespace that exporters prefix (mixamorig:Hips, mixamorig1Hips, Armature|Hips)."""
+    return re.sub(r"^mixamorig\d*_?", "", name.replace("|", ":").rsplit(":", 1)[-1])
 
 
 def to_motion(

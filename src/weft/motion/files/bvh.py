@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,19 +29,20 @@ class _Joint:
 def read_bvh(path: str | Path, *, root: str = "auto") -> Rig:
     """All joints of a BVH file with end sites left out: positions in the file's unit, by forward kinematics.
 
-    Channels may stand in any order and number; rotations are applied in the order in which they stand. Position
-    channels replace the offset of a joint. For the root, programs disagree: `root="absolute"` replaces (Blender),
-    "relative" adds (the format's first description), "auto" takes what brings the clip's lowest point nearer to the
-    ground; they differ by a constant. Raises `WeftError` for a file that is cut
-    off, unknown channels, frames of the wrong width, or values that are no numbers.
+    Channels may stand in any order and number; rotations are applied in the order in which they stand. Key words may
+    be written small, and lines of numbers be broken. Position channels replace the offset of a joint. For the root,
+    programs disagree: `root="absolute"` replaces (Blender), "relative" adds (the format's first description), "auto"
+    takes what brings the clip's lowest point nearer to the ground; they differ by a constant. Raises `WeftError` for a
+    file that is cut off, unknown channels, frames of the wrong width, or values that are no numbers.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise WeftError(f"{path} cannot be read ({error.strerror}): check the path") from error
-    head, mark, body = text.partition("MOTION")
-    if not mark or "HIERARCHY" not in head:
+    parts = re.split(r"^[ \t]*MOTION[ \t]*$", text, maxsplit=1, flags=re.MULTILINE | re.IGNORECASE)
+    head, body = parts[0], parts[-1]
+    if len(parts) < 2 or "HIERARCHY" not in head.upper():
         raise WeftError(f"{path}: no HIERARCHY or no MOTION part: it is cut off or not a BVH file")
     joints = _hierarchy(head.split(), path)
     fps, values = _frames(body, joints, path)
@@ -62,13 +64,13 @@ def _hierarchy(words: list[str], path: Path) -> list[_Joint]:
     k = 1
     try:
         while k < len(words):
-            word = words[k]
+            word = words[k].upper()
             if word in ("ROOT", "JOINT"):
                 end = words.index("{", k)
                 joints.append(_Joint(" ".join(words[k + 1 : end]), stack[-1] if stack else -1, np.zeros(3)))
                 stack.append(len(joints) - 1)
                 k = end + 1
-            elif word == "End":
+            elif word == "END":
                 k = words.index("{", k) + 1
                 stack.append(site)
             elif word == "OFFSET":
@@ -80,7 +82,7 @@ def _hierarchy(words: list[str], path: Path) -> list[_Joint]:
                 k += 4
             elif word == "CHANNELS":
                 count = int(words[k + 1])
-                names = words[k + 2 : k + 2 + count]
+                names = [name.capitalize() for name in words[k + 2 : k + 2 + count]]
                 unknown = [n for n in names if n not in _CHANNELS]
                 if unknown or len(set(names)) != count:
                     wrong = unknown[0] if unknown else " ".join(names)
@@ -94,7 +96,8 @@ def _hierarchy(words: list[str], path: Path) -> list[_Joint]:
                 stack.pop()
                 k += 1
             else:
-                raise WeftError(f"{path}: '{word[:40]}' in the hierarchy: expected JOINT, OFFSET, CHANNELS or End Site")
+                found = words[k][:40]
+                raise WeftError(f"{path}: '{found}' in the hierarchy: expected JOINT, OFFSET, CHANNELS or End Site")
     except (IndexError, ValueError) as error:
         if isinstance(error, WeftError):
             raise
@@ -121,7 +124,7 @@ def _frames(body: str, joints: list[_Joint], path: Path) -> tuple[float, np.ndar
         values = np.array(" ".join(rows).split(), dtype=np.float64)
     except ValueError as error:
         raise WeftError(f"{path}: the frames hold something that is no number ({error}): repair the file") from error
-    if len(rows) != declared or values.size != declared * width:
+    if values.size != declared * width or not width:
         full = values.size // width if width else 0
         wrong = next((k for k, row in enumerate(rows) if len(row.split()) != width), None)
         if wrong is not None and (len(rows) == declared or wrong < len(rows) - 1):
