@@ -180,6 +180,12 @@ def test_pickscore_is_divided_by_26_once():
                 assert scorer.get("scale", 1.0) == 1.0, path
 
 
+def test_every_reward_is_watched_by_something_that_is_not_trained_on():
+    for path in RECIPES:
+        scorers = yaml.safe_load(path.read_text(encoding="utf-8")).get("reward", {}).get("scorers", [])
+        assert not scorers or any(s.get("watch") for s in scorers), path
+
+
 def test_the_published_numbers_of_edit_r1_and_pdtr():
     for name in ("kontext", "qwen_image_edit_2509"):
         recipe = read_recipe(ROOT / "recipes" / "edit_r1" / f"{name}.yaml")

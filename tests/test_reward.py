@@ -122,6 +122,9 @@ def test_advantage_modes():
 
 
 def test_infinite_rewards_and_wrong_lengths_are_refused():
+    for wrong in ({"mode": "postive_only"}, {"std": "batch"}):
+        with pytest.raises(WeftError, match="is unknown; choose one of"):
+            AdvantageConfig(**wrong)
     with pytest.raises(WeftError, match="infinite"):
         advantages([1.0, math.inf], ["a", "a"])
     with pytest.raises(WeftError, match="group keys"):

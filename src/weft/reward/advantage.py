@@ -39,6 +39,9 @@ class AdvantageConfig:
     mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
 
     def __post_init__(self) -> None:
+        for name, value, known in (("std", self.std, ("global", "group", "none")), ("mode", self.mode, MODES)):
+            if value not in known:
+                raise WeftError(f"advantage.{name} {value!r} is unknown; choose one of {', '.join(known)}")
         if not self.clip > 0:
             raise WeftError(f"advantage.clip is {self.clip}; it must be positive (usual: 5)")
         if self.ddof not in (0, 1):

@@ -125,7 +125,6 @@ class Grpo:
                 "grpo compares likelihoods, and the steps of an ODE rollout have none: set rollout.kind to flow_sde, "
                 "dance_sde or cps with rollout.eta > 0, or use method nft, which takes any sampler"
             )
-        kernels.coefficients(1.0, 0.5, kind=rollout.kind, eta=rollout.eta)
         given = self.setting.recipe.method.options
         if rollout.window is not None and (ignored := [k for k in ("timesteps", "timestep_fraction") if k in given]):
             raise WeftError(

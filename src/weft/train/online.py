@@ -22,6 +22,8 @@ from weft.reward.advantage import AdvantageConfig, group_stats
 from weft.reward.filter import FilterConfig, banned, keep_groups
 from weft.reward.mix import Mixed, Mixture, ScorerConfig, averages, spearman
 from weft.rng import numpy_rng
+from weft.sample import kernels
+from weft.sample.solvers import SOLVERS
 from weft.train.config import load_object, nearest
 from weft.train.feed import Fed
 from weft.train.geometry import RewardRecipe, RolloutRecipe, ScorerRecipe, check_geometry
@@ -105,6 +107,7 @@ class Online:
         self.rollout: RolloutRecipe = setting.rollout
         records = sum(len(source) for source in setting.feed.sources)
         check_geometry(self.rollout, recipe.run.batch_size, setting.processes.size, records)
+        check_rollout(self.rollout, objective.advantage)
         objective.check(self.rollout)
         self.mixture = make_mixture(recipe.reward, setting.reward, name)
         self.alarm = (recipe.reward or RewardRecipe()).alarm
@@ -326,6 +329,22 @@ class Online:
         """The flow-matching loss of held-out examples, as for `sft`."""
         model = self.setting.model
         return held_out(model, loss_options(model, {}), examples, ids, sigmas, seed, batch)
+
+
+def check_rollout(r: RolloutRecipe, advantage: AdvantageConfig) -> None:
+    """Refuse what no rollout can be made with, before any is made. Raises WeftError."""
+    if advantage.min_valid > r.group_size:
+        raise WeftError(
+            f"method.options.advantage.min_valid is {advantage.min_valid}, but a group has {r.group_size} samples: "
+            f"every group would be dropped"
+        )
+    if r.solver not in SOLVERS:
+        raise WeftError(f'rollout.solver: there is no "{r.solver}"; {nearest(r.solver, list(SOLVERS))}')
+    if r.guidance < 1:
+        raise WeftError(f"rollout.guidance is {r.guidance}; it must be at least 1 (1 = off)")
+    if r.negative and r.guidance == 1:
+        raise WeftError("rollout.negative is not used at rollout.guidance 1; raise guidance or remove it")
+    kernels.coefficients(1.0, 0.5, kind=r.kind, eta=r.eta)  # refuses a noise level that does not fit the kind
 
 
 def make_mixture(recipe: RewardRecipe | None, given: Any, method: str) -> Mixture:
