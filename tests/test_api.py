@@ -62,6 +62,12 @@ def test_a_picture_says_how_it_was_made(model: Model, folder: Path, tmp_path: Pa
     assert read_metadata(output.save(tmp_path / "b.png", metadata=False)) == {}
 
 
+def test_a_negative_that_nothing_looks_at_is_refused(model: Model) -> None:
+    """FLUX Kontext's default guidance is 1: its transformer is told a strength of its own."""
+    with pytest.raises(WeftError, match="negative does nothing at guidance 1; give a guidance above 1"):
+        model.generate("a red star", steps=1, guidance=1, negative="blur")
+
+
 def test_what_a_picture_depends_on(model: Model, scene: Image.Image) -> None:
     options = {"seed": 1, "steps": 2}
     first = model.edit(scene, "make it red", **options)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from golden.make_unipic2 import picture
 from tiny_metaquery import tiny_qwen_folder
+from weft.cli.main import main
 from weft.cli.options import ModelOptions
 from weft.errors import WeftError
 from weft.models.rewriter import (
@@ -373,3 +374,8 @@ def test_options_of_the_rewriter_do_nothing_without_one():
     for given in ({"rewrite": "on"}, {"strict_slice": True}, {"rewriter_model": "m"}, {"rewriter_key_env": "KEY"}):
         with pytest.raises(WeftError, match="does nothing without --rewriter"):
             ModelOptions(**given).load()
+
+
+def test_the_world_s_evaluation_takes_no_rewriter(capsys):
+    assert main(["eval", "world", "--rewriter", "nothing"]) == 2
+    assert "leave out --rewriter" in capsys.readouterr().err

@@ -101,11 +101,13 @@ class Model:
         return f"weft.Model({self.name!r})"
 
     def resolve(self, options: Options) -> tuple[int, float]:
-        """Steps and guidance: as asked, else the model's defaults."""
-        return (
-            self.defaults.steps if options.steps is None else options.steps,
-            self.defaults.guidance if options.guidance is None else options.guidance,
-        )
+        """Steps and guidance: as asked, else the model's defaults. Raises WeftError for a negative that nothing reads
+        because guidance is off."""
+        steps = self.defaults.steps if options.steps is None else options.steps
+        guidance = self.defaults.guidance if options.guidance is None else options.guidance
+        if options.negative and guidance <= 1:
+            raise WeftError(f"negative does nothing at guidance {guidance:g}; give a guidance above 1, or leave it out")
+        return steps, guidance
 
     @overload
     def generate(

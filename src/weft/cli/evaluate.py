@@ -48,6 +48,8 @@ class EvalWorld:
             return 0
         if self.sampling.size is not None:
             raise WeftError("the world's records have their own size; leave out --size")
+        if self.loading.rewriter is not None:
+            raise WeftError("the world's requests are judged as they are asked; leave out --rewriter")
         groups = expand(self.groups or DEFAULT)
         options = self.sampling.options()
         references = any(
