@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from golden.make_unipic2 import picture
-from tiny import fill_, tiny_kontext_folder
+from tiny import fill_, tiny_flux_folder, tiny_kontext_folder
 from tiny_metaquery import tiny_metaquery_folder, tiny_qwen_folder
 from weft.cli.main import main
 from weft.errors import WeftError
@@ -178,6 +178,20 @@ def test_licences_name_weights_base_and_data():
     assert "Stability" in find_licence("Skywork/UniPic2-Metaquery-9B").base
     assert find_licence("/cache/models--Qwen--Qwen2.5-VL-7B-Instruct/snapshots/ab").weights == "Apache-2.0"
     assert find_licence("mine") is None
+
+
+def test_a_model_tells_the_licences_of_all_that_it_is_made_of(tmp_path):
+    """A base in a folder of any name, with an adapter whose licence differs."""
+    base = tiny_flux_folder(tmp_path / "FLUX.1-Kontext-dev")
+    transformer = load(base, device="cpu").transformer
+    add_lora(transformer, rank=2, alpha=2, targets=TARGETS, name="edit")
+    save_lora({"transformer": transformer}, tmp_path / "DreamOmni2" / "edit_lora", name="edit")
+    assert "DreamOmni2" not in load(base, device="cpu").licence
+    licence = load(base, device="cpu", adapters=tmp_path / "DreamOmni2").licence
+    assert "no commercial use of the weights" in licence and "; with DreamOmni2: weights: Apache-2.0" in licence
+    metaquery, vlm = tiny_metaquery_folder(tmp_path / "metaquery")
+    named = vlm.rename(tmp_path / "Qwen2.5-VL-3B-Instruct")
+    assert "Qwen Research" in load(metaquery, device="cpu", options={"vlm": str(named)}).licence
 
 
 # -- commands

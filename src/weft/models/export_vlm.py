@@ -13,7 +13,8 @@ from torch import Tensor
 from weft.models.adapt import load_adapter, lora_state
 from weft.models.export import Leaver, Loras, fold_strength, merge_adapters
 from weft.models.image.metaquery_parts import find_vlm
-from weft.models.load import DTYPES, split_weight
+from weft.models.load import DTYPES
+from weft.models.lora import split_weight
 from weft.models.rewriter import question
 from weft.models.weights import read_json
 from weft.record import make_record

@@ -48,6 +48,12 @@ LICENCES: dict[str, Licence] = {
         "Apache-2.0",
         "not published",
     ),
+    "UniWorld-FLUX.1-Kontext-Dev": Licence(
+        FLUX_DEV, "an adapter of FLUX.1 Kontext [dev]", "Apache-2.0", "not published"
+    ),
+    "UniWorld-Qwen-Image-Edit-2509": Licence(
+        "not stated beside the code", "an adapter of Qwen-Image-Edit-2509, Apache-2.0", "Apache-2.0", "not published"
+    ),
     "Qwen-Image-Edit": QWEN_EDIT,
     "Qwen-Image-Edit-2509": QWEN_EDIT,
     "Qwen-Image-Edit-2511": QWEN_EDIT,

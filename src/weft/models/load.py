@@ -17,9 +17,8 @@ from weft.models.image.flux_kontext import FluxKontext, FluxOptions
 from weft.models.image.metaquery import MetaQueryOptions, UniPic2MetaQuery
 from weft.models.image.qwen_image_edit import QwenImageEdit, QwenOptions
 from weft.models.image.sd3_kontext import UniPic2Kontext
-from weft.models.lora import adapters_folder, find_adapters, load_lora
+from weft.models.lora import add_adapters, add_loras, find_adapters, lora_names
 from weft.models.memory import preset_for
-from weft.models.routing import ROUTES
 from weft.models.weights import (
     FLUX,
     QWEN_EDIT,
@@ -27,7 +26,7 @@ from weft.models.weights import (
     Parts,
     from_hub,
     is_hub_id,
-    licence_note,
+    licence_notes,
     load_parts,
     read_index,
     read_json,
@@ -174,13 +173,13 @@ def load(
     model: Any = family.model(
         parts,
         resolution=resolution or card.get("resolution"),
-        licence=licence_note(str(name_or_folder)),
+        licence=licence_notes([name_or_folder, getattr(wanted, "vlm", ""), *lora_names(adapters, lora)]),
         device=target if offload != "none" else None,
         **arguments,
     )
     model.card = {key: value for key, value in card.items() if key != "parts"}  # a saved model has all of its own
-    _add_adapters(model, adapters, folder)
-    _add_loras(model, lora)
+    add_adapters(model, adapters, folder)
+    add_loras(model, lora)
     if attention_backend is not None:
         _set_attention(model, attention_backend)
     if tiling:
@@ -318,55 +317,6 @@ def quantization_configs(
         four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         configs[part] = make(**four) if bits == "4bit" else make(load_in_8bit=True)
     return configs
-
-
-def _add_adapters(model: Any, adapters: str | Path | Mapping[str, str] | None, folder: Path) -> None:
-    """Load the routed adapters and hand them to the model's router."""
-    if adapters is None:
-        found = {name: str(path) for name, path in find_adapters(folder).items()}
-        if not found:
-            return
-    elif isinstance(adapters, Mapping):
-        found = dict(adapters)
-    else:
-        found = {name: str(path) for name, path in find_adapters(adapters_folder(adapters)).items()}
-        if not found:
-            raise WeftError(f"adapters: {adapters} has no edit_lora or gen_lora folder, nor DreamOmni2's single files")
-    if not hasattr(model, "route"):
-        raise WeftError(f"adapters: {model.name} does not switch adapters by request; use lora for ones always on")
-    for name, item in found.items():
-        if name not in ROUTES:
-            raise WeftError(f"adapters: {name!r} is unknown; name them {' and '.join(ROUTES)}")
-        path, weight = split_weight(item)
-        load_lora(model.transformer, path, name)
-        for module in model.transformer.modules():
-            if weight != 1 and name in getattr(module, "lora_A", ()):
-                module.set_scale(name, weight)
-    model.route(list(found))
-
-
-def split_weight(item: str | tuple[str, float]) -> tuple[Path, float]:
-    """Path and weight of "path", "path:0.8" or a pair."""
-    if isinstance(item, tuple):
-        return Path(item[0]), float(item[1])
-    head, _, tail = str(item).rpartition(":")
-    if not head or Path(item).exists():
-        return Path(item), 1.0
-    try:
-        return Path(head), float(tail)
-    except ValueError as error:
-        raise WeftError(f"LoRA {item!r}: {tail!r} is not a weight; write path or path:0.8") from error
-
-
-def _add_loras(model: Any, lora: Sequence[str | tuple[str, float]]) -> None:
-    names, weights = [], []
-    for k, item in enumerate(lora):
-        path, weight = split_weight(item)
-        names.append(f"lora{k}")
-        weights.append(weight)
-        load_lora(model.transformer, path, names[-1])
-    if names:
-        model.transformer.set_adapters(names, weights)
 
 
 def _set_attention(model: Any, backend: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from weft.errors import WeftError
+from weft.models.routing import ROUTES
 from weft.models.weights import _guard, from_hub, is_hub_id
 
 logger = logging.getLogger("weft")
@@ -181,3 +183,59 @@ def _lora_config(file: Path) -> dict[str, Any] | None:
         return None
     known = "r lora_alpha target_modules rank_pattern alpha_pattern use_rslora use_dora lora_bias".split()
     return {f"transformer.{key}": config[key] for key in known if config.get(key) is not None}
+
+
+def add_adapters(model: Any, adapters: str | Path | Mapping[str, str] | None, folder: Path) -> None:
+    """Load the routed adapters and hand them to the model's router."""
+    if adapters is None:
+        found = {name: str(path) for name, path in find_adapters(folder).items()}
+        if not found:
+            return
+    elif isinstance(adapters, Mapping):
+        found = dict(adapters)
+    else:
+        found = {name: str(path) for name, path in find_adapters(adapters_folder(adapters)).items()}
+        if not found:
+            raise WeftError(f"adapters: {adapters} has no edit_lora or gen_lora folder, nor DreamOmni2's single files")
+    if not hasattr(model, "route"):
+        raise WeftError(f"adapters: {model.name} does not switch adapters by request; use lora for ones always on")
+    for name, item in found.items():
+        if name not in ROUTES:
+            raise WeftError(f"adapters: {name!r} is unknown; name them {' and '.join(ROUTES)}")
+        path, weight = split_weight(item)
+        load_lora(model.transformer, path, name)
+        for module in model.transformer.modules():
+            if weight != 1 and name in getattr(module, "lora_A", ()):
+                module.set_scale(name, weight)
+    model.route(list(found))
+
+
+def split_weight(item: str | tuple[str, float]) -> tuple[Path, float]:
+    """Path and weight of "path", "path:0.8" or a pair."""
+    if isinstance(item, tuple):
+        return Path(item[0]), float(item[1])
+    head, _, tail = str(item).rpartition(":")
+    if not head or Path(item).exists():
+        return Path(item), 1.0
+    try:
+        return Path(head), float(tail)
+    except ValueError as error:
+        raise WeftError(f"LoRA {item!r}: {tail!r} is not a weight; write path or path:0.8") from error
+
+
+def add_loras(model: Any, lora: Sequence[str | tuple[str, float]]) -> None:
+    """Load LoRAs that are always on; they add up."""
+    names, weights = [], []
+    for k, item in enumerate(lora):
+        path, weight = split_weight(item)
+        names.append(f"lora{k}")
+        weights.append(weight)
+        load_lora(model.transformer, path, names[-1])
+    if names:
+        model.transformer.set_adapters(names, weights)
+
+
+def lora_names(adapters: str | Path | Mapping[str, str] | None, lora: Sequence[str | tuple[str, float]]) -> list[Path]:
+    """Where the adapters and LoRAs of a model come from."""
+    routed = list(adapters.values()) if isinstance(adapters, Mapping) else [] if adapters is None else [str(adapters)]
+    return [split_weight(item)[0] for item in (*routed, *lora)]

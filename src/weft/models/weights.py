@@ -48,6 +48,13 @@ def licence_note(name: str | Path) -> str | None:
     return None if found is None else str(found)
 
 
+def licence_notes(names: Sequence[str | Path]) -> str | None:
+    """The same of all that a model is put together from: checkpoint, VLM, adapters."""
+    notes = {Path(name).name: note for name in names if (note := licence_note(name)) is not None}
+    lines = [f"with {name}: {note}" if k else note for k, (name, note) in enumerate(notes.items())]
+    return "; ".join(lines) or None
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     """`model_index.json` of a model folder; {} where a release loads part by part and has none. WeftError if broken."""
     return read_json(folder / "model_index.json")

@@ -28,7 +28,8 @@ def load(
     ("path"); their new token rows and a head trained beside them are taken, too. Raises WeftError for a folder that
     lacks a part or does not fit together.
     """
-    from weft.models.load import find_model, pick_device, pick_dtype, split_weight
+    from weft.models.load import find_model, pick_device, pick_dtype
+    from weft.models.lora import split_weight
 
     folder = find_model(str(folder))
     target = pick_device(device)
