@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from motion_clips import procedural
 from tiny_motion import CODES, LEVELS, corpus, record, settings_for, tiny_motion_folder
+from weft.api_motion import MotionModel, MotionOptions
 from weft.errors import WeftError
 from weft.models.motion.build import build
 from weft.models.motion.lm import MotionLM, make_options
@@ -266,6 +267,16 @@ def test_timeline_and_texts(models: dict[str, MotionLM]) -> None:
     assert all(isinstance(m, Motion) for m in model.generate_motion([record(0), record(1)], [1, 2]))
     with pytest.raises(WeftError, match="no scenes"):
         model.timeline([])
+    named = MotionModel(model, "tiny")
+    scenes = [("a person walks", 2.0), ("walk faster", 3.0)]
+    assert np.array_equal(named.timeline(scenes, seed=3).joints, clip.joints)
+    for wrong, options in (
+        ([("  ", 1.0)], None),
+        (scenes, MotionOptions(seconds=5)),
+        (scenes, MotionOptions(rounds=1)),
+    ):
+        with pytest.raises(WeftError, match="timeline: "):
+            named.timeline(wrong, options=options)
     with pytest.raises(WeftError, match="shortest"):
         model.generate([record(0)], seeds=[1], seconds=0.01)
 

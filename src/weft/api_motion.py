@@ -129,6 +129,25 @@ class MotionModel:
         record = make_record(instruction, source, references=references)
         return self._movement(record, seed, _options(options, seconds))
 
+    def timeline(
+        self, scenes: Sequence[tuple[str, float]], *, seed: int = 0, options: MotionOptions | None = None
+    ) -> Motion:
+        """One movement of several instructions, (text, seconds) each, that goes from one to the next without a jump.
+
+        Raises `WeftError` for no scenes, one without words or below 0.2 s, and for `seconds` or `rounds` in the
+        options: each scene has its own length, and none is judged.
+        """
+        options = options or MotionOptions()
+        if options.seconds is not None or options.rounds:
+            raise WeftError("timeline: seconds and rounds mean nothing here; give every scene its length")
+        for k, (text, _) in enumerate(scenes):
+            if not text.strip():
+                raise WeftError(f"timeline: scene {k} is empty; say what happens")
+        model: Any = self.model
+        if not hasattr(model, "timeline"):
+            raise WeftError(f"{self.name} makes one movement at a time; it has no timeline")
+        return model.timeline(scenes, seed=seed, options=options)
+
     def describe(self, source: Movement, question: str = QUESTION, *, options: MotionOptions | None = None) -> str:
         """What the model writes about a movement. Raises `WeftError` if it writes nothing."""
         record = make_record(question, source, task="describe")
