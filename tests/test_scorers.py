@@ -279,6 +279,14 @@ def test_hps_weights_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model.save_pretrained(tmp_path)
     cosine = clip.CLIPScore(str(tmp_path))(batch)[0].value * 100 / float(model.logit_scale.detach().exp())  # type: ignore[operator]
     assert scorer(batch)[0].value == pytest.approx(cosine, abs=1e-5)
+    wide = Image.new("RGB", (64, 32))
+    wide.paste(noise(1), (32, 0))
+    square = Image.new("RGB", (64, 64))
+    square.paste(wide, (0, 16))
+    assert scorer.shown(wide).size == (32, 32) and np.asarray(scorer.shown(wide))[:8].max() == 0
+    whole, cut = scorer([(make_record("a red star"), picture) for picture in (wide, wide.crop((16, 0, 48, 32)))])
+    assert whole.value == pytest.approx(scorer([(make_record("a red star"), square)])[0].value, abs=0.02)
+    assert whole.value != pytest.approx(cut.value, abs=1e-4), "not the middle square alone"
     with pytest.raises(WeftError, match="unknown weight visual.extra"):
         clip.open_clip_to_transformers(state | {"visual.extra": torch.zeros(1)})
     with pytest.raises(WeftError, match="is missing"):

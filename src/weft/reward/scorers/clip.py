@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from weft.errors import WeftError
@@ -72,13 +73,17 @@ class CLIPScore:
         words = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
-        pixels = self.images(images=[p.convert("RGB") for p in pictures], return_tensors="pt")["pixel_values"]
+        pixels = self.images(images=[self.shown(p) for p in pictures], return_tensors="pt")["pixel_values"]
         output = self.network(
             input_ids=words["input_ids"].to(self.network.device),
             attention_mask=words["attention_mask"].to(self.network.device),
             pixel_values=pixels.to(self.network.device),
         )
         return output.text_embeds, output.image_embeds
+
+    def shown(self, picture: Any) -> Any:
+        """What of a picture goes to its processor, which takes the middle square of one that is not square."""
+        return picture.convert("RGB")
 
 
 class PickScore(CLIPScore):
@@ -115,6 +120,14 @@ class HPSv2(CLIPScore):
             ids = part.embeddings.position_ids
             part.embeddings.position_ids = torch.arange(ids.shape[-1])[None]
         self._start(network, processor, device, batch_size)
+
+    def shown(self, picture: Any) -> Any:
+        """All of a picture: one that is not square is fitted into a black square, as the public scorer does it."""
+        side = self.network.config.vision_config.image_size
+        whole = picture.convert("RGB")
+        if whole.width == whole.height:
+            return whole
+        return ImageOps.pad(whole, (side, side), Image.Resampling.BICUBIC, color=(0, 0, 0))
 
 
 def clip_config(state: Mapping[str, Tensor], head: int | None = None) -> Any:
