@@ -16,13 +16,14 @@ class WindowRecipe:
 
     The window lies within steps [range[0], range[1]) (default: all but the last). `move`: "fixed" at the first step;
     "random", uniform for each rollout batch (Flow-GRPO-Fast); "progressive", `shift` steps on after `every` epochs
-    (MixGRPO, arXiv 2507.21802); "exp_decay", the same with ceil(every exp(-k max(0, position - after))) epochs at a
-    place. At the end it stays, or with `roll_back` returns to the start.
+    (MixGRPO, arXiv 2507.21802); "decay", the same with fewer epochs at later places, falling linearly from `every` to a
+    quarter of it; "exp_decay", the same with ceil(every exp(-k max(0, position - after))) epochs at a place. At the
+    end it stays, or with `roll_back` returns to the start.
     """
 
     size: int = 3
     range: list[int] | None = None
-    move: Literal["fixed", "random", "progressive", "exp_decay"] = "random"
+    move: Literal["fixed", "random", "progressive", "decay", "exp_decay"] = "random"
     every: int = 25
     shift: int = 1
     k: float = 0.1
@@ -158,7 +159,7 @@ def window_at(r: RolloutRecipe, seed: int, epoch: int, batch: int) -> tuple[int,
     if w.every < 1 or w.shift < 1:
         raise WeftError(f"rollout.window: every {w.every} and shift {w.shift} must be at least 1")
     start, left = low, epoch
-    while (stay := _stay(w, start)) <= left:
+    while (stay := _stay(w, start, high)) <= left:
         left -= stay
         start += w.shift
         if start > last:
@@ -169,8 +170,11 @@ def window_at(r: RolloutRecipe, seed: int, epoch: int, batch: int) -> tuple[int,
     return start, start + w.size
 
 
-def _stay(w: WindowRecipe, position: int) -> int:
-    """Epochs at a place (MixGRPO's `get_exp_decay_iters_per_group`)."""
+def _stay(w: WindowRecipe, position: int, high: int) -> int:
+    """Epochs at a place (MixGRPO's `get_dynamic_iters_per_group` and `get_exp_decay_iters_per_group`)."""
+    if w.move == "decay":
+        least, progress = max(1, w.every // 4), position / high
+        return max(least, int(w.every * (1 - progress) + least * progress))
     if w.move != "exp_decay":
         return w.every
     return math.ceil(w.every * math.exp(-w.k * max(0, position - w.after)))

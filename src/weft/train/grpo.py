@@ -5,7 +5,7 @@ noisy steps of stored rollouts.
     Fast              rollout.window {size, range, move: random}; kind cps for CPS (arXiv 2509.05952)
     Dance             rollout.kind dance_sde, rollout.same_latent, advantage {std: group, ddof: 1, eps: 1e-8},
                       timesteps random, timestep_fraction 0.6 (DanceGRPO, arXiv 2505.07818)
-    Mix               rollout.window {move: progressive or exp_decay} (MixGRPO, arXiv 2507.21802)
+    Mix               rollout.window {move: progressive, decay or exp_decay} (MixGRPO, arXiv 2507.21802)
     Guard             guard: true (GRPO-Guard, arXiv 2510.22319)
 
 A replay computes the density of the stored next state with the current velocity; states are fp32 from the sampler to
