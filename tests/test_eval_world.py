@@ -195,6 +195,9 @@ def test_an_output_does_not_depend_on_its_batch() -> None:
     assert not np.array_equal(together[3], together[4])
     other = next(outputs(Noisy(target), items[3:4], Sampling(steps=2, seed=1)))
     assert not np.array_equal(together[3], np.asarray(other.made))
+    with pytest.raises(WeftError, match="solver 'heun' is unknown"):
+        next(outputs(Noisy(target), items[3:4], Sampling(steps=2, solver="heun")))
+    assert Sampling(solver="ab2").facts()["solver"] == "ab2" and "solver" not in Sampling().facts()
 
 
 def test_guidance_encodes_the_negative_text() -> None:

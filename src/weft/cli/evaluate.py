@@ -68,6 +68,7 @@ class EvalWorld:
             steps=steps,
             guidance=guidance,
             negative=options.negative,
+            solver=options.solver,
             seed=self.sampling.seed,
             data_seed=self.data_seed,
             batch_size=options.batch,

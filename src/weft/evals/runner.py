@@ -77,21 +77,25 @@ class Medium(Protocol):
 
 @dataclass(slots=True, frozen=True)
 class Sampling:
-    """How outputs are drawn. `guidance` above 1 adds a pass with `negative` as the instruction (CFG)."""
+    """How outputs are drawn. `guidance` above 1 adds a pass with `negative` as the instruction (CFG); `solver` is one of
+    `weft.sample.solvers.SOLVERS`."""
 
     steps: int = 28
     guidance: float = 1.0
     negative: str = ""
     seed: int = 0
     batch_size: int = 32
+    solver: str = "euler"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
             raise WeftError(f"steps ({self.steps}) and batch_size ({self.batch_size}) must be at least 1")
 
     def facts(self) -> dict[str, Any]:
-        """What determines the outputs: all but the batch size, on which no output depends."""
-        return {name: value for name, value in asdict(self).items() if name != "batch_size"}
+        """What determines the outputs: all but the batch size, on which no output depends. The usual solver goes
+        without saying, as in results that are older than the choice."""
+        silent = ("batch_size", "solver") if self.solver == "euler" else ("batch_size",)
+        return {name: value for name, value in asdict(self).items() if name not in silent}
 
     def draw(self, model: FlowModel, records: Sequence[Record]) -> Iterator[Output[Image.Image]]:
         """`outputs` with these options."""
@@ -116,6 +120,7 @@ def outputs(
             model.encode(batch),
             steps=sampling.steps,
             guidance=sampling.guidance,
+            solver=sampling.solver,
             negative=model.encode(batch, negative=sampling.negative) if sampling.guidance > 1 else None,
             seeds=seeds,
         )

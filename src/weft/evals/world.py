@@ -88,6 +88,7 @@ def evaluate_world(
     steps: int = 28,
     guidance: float = 1.0,
     negative: str = "",
+    solver: str = "euler",
     seed: int = 0,
     data_seed: int = 0,
     batch_size: int = 32,
@@ -110,7 +111,7 @@ def evaluate_world(
     """
     return BENCHMARK.run(
         model,
-        Sampling(steps, guidance, negative, seed, batch_size),
+        Sampling(steps, guidance, negative, seed, batch_size, solver),
         name=model.name,
         split=split,
         groups=groups,
