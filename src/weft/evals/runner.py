@@ -77,8 +77,8 @@ class Medium(Protocol):
 
 @dataclass(slots=True, frozen=True)
 class Sampling:
-    """How outputs are drawn. `guidance` above 1 adds a pass with `negative` as the instruction (CFG); `solver` is one of
-    `weft.sample.solvers.SOLVERS`."""
+    """How outputs are drawn. `guidance` above 1 adds a pass with `negative` as the instruction (CFG); `solver` is one
+    of `weft.sample.solvers.SOLVERS`."""
 
     steps: int = 28
     guidance: float = 1.0
