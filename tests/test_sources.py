@@ -123,6 +123,16 @@ def test_prompts_without_targets(media: Path) -> None:
     assert check_records(SourceConfig("jsonl", str(media / "train_metadata.jsonl"))).without_target == 2
 
 
+def test_prompts_of_geneval_keep_what_their_reward_reads(media: Path) -> None:
+    """Rows as in the metadata of GenEval and of Flow-GRPO's training set."""
+    asked = [{"class": "bench", "count": 2, "color": "red"}]
+    rows = [{"tag": "colors", "include": asked, "prompt": "two red benches"}]
+    rows.append({"tag": "counting", "include": asked, "exclude": [{"class": "bench", "count": 3}], "prompt": "benches"})
+    one, two = load("jsonl", jsonl(media / "train_metadata.jsonl", *rows))
+    assert (one.instruction, one.task) == ("two red benches", "generate")
+    assert one.meta == {"tag": "colors", "include": asked} and set(two.meta) == {"tag", "include", "exclude"}
+
+
 def test_multi_turn_rows(media: Path) -> None:
     steps = [
         {"input_images": ["s.png"], "output_images": ["t.png"], "prompt": "blue"},

@@ -87,6 +87,11 @@ LAYOUTS = (
         | {"meta.requirement": "requirement", "meta.negative": "negative_prompt"},
     ),
     Layout(
+        "GenEval",
+        ("prompt", "tag", "include"),
+        {"instruction": "prompt", "meta.tag": "tag", "meta.include": "include", "meta.exclude": "exclude"},
+    ),
+    Layout(
         "fields by name",
         ("instruction|prompt|caption|txt", "target|source|references|reference_*|jpg|jpeg|png|webp"),
         {"id": "id", "task": "task", "source": "source", "references": "references|reference_*", "mask": "mask"}
