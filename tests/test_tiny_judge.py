@@ -20,7 +20,7 @@ from weft.evals.judge_page import agreement_table
 from weft.models.build_vlm import build
 from weft.record import make_record, read_records, write_records
 from weft.reward.critic_training import CriticTrainable
-from weft.reward.graded import BEST, MAKERS, SPOILT, attempt, described, grade, graded, records, truth
+from weft.reward.graded import BEST, MAKERS, SPOILT, attempt, described, grade, graded, reasons, records, truth
 from weft.reward.judge import Judge
 from weft.reward.judge_training import JudgeTrainable, between, packed, unpacked
 from weft.reward.scorers.critic import Critic
@@ -107,10 +107,27 @@ def test_reasons_follow_from_the_scenes() -> None:
             assert ("changed" in found) == (more > 0) and ("wrong" in found) == (right < of)
             if name == "target":
                 assert set(found) <= {"done", "kept"}
-            for item in items:  # what was kept stands in the source in the same words
+            for item in items:  # "no" names what is wrong; what was kept stands in the source in the same words
+                assert (" no " in item) == item.endswith((" wrong", " changed")), item
                 if item.endswith(" kept"):
-                    assert item.removesuffix(" kept") in before or "none" in item, (item, before)
+                    place, _, twice = item.removesuffix(" kept").partition(" before ")
+                    said, again = twice.split()[::2], twice.split()[1::2]
+                    assert said == again and (f"{place} {' '.join(said)}" in before or "none" in said), (item, before)
     assert min(words.values()) > 5
+
+
+def test_what_a_picture_shows_stands_word_by_word_beside_what_it_should() -> None:
+    record = world_records("train", count=1, seed=8, tasks=["edit"], kinds=["light"])[0]
+    source, target, _ = scenes(record)
+    place, words = next((k, v) for k, v in described(source).items() if len(v.split()) == 4)
+    size, colour, pattern, shape = words.split()
+    other = "pink" if colour != "pink" else "teal"
+    shows = described(target) | {place: f"{size} {other} {pattern} {shape}"}
+    assert f" made {place} before {size} {size} {other} {colour} no {pattern} {pattern} {shape} {shape} changed , " in (
+        reasons(record, shows, None)
+    )
+    shows = described(target) | {place: "empty"}
+    assert f" made {place} before empty {words} no changed , " in reasons(record, shows, None)
 
 
 def test_what_the_oracle_saw_is_told() -> None:
@@ -167,8 +184,8 @@ def test_packed_patches_are_exact_and_the_judge_reads_what_training_saw(folder: 
     begin, digit = int(example["begin"]), int(example["digit"])
     assert torch.equal(example["ids"][:begin], prompt.ids)
     said = trainable.reader.processor.tokenizer.decode(example["ids"][begin:])
-    grade, reasons = round(record.meta["grade"]), record.meta["says"]
-    assert said == (f"{reasons} Score: {grade}<|im_end|>" if reasoning else f"{grade}{reasons}")
+    grade, says = round(record.meta["grade"]), record.meta["says"]
+    assert said == (f"{says} Score: {grade}<|im_end|>" if reasoning else f"{grade}{says}")
     assert example["ids"][digit] == trainable.digits[grade]
     if reasoning:
         return  # what it writes before the digit depends on its weights: see below

@@ -71,9 +71,10 @@ def truth(batch: Sequence[tuple[Record, Image.Image]]) -> list[Score]:
 
 
 def reasons(record: Record, shows: Mapping[str, str] | str, verdict: Verdict | None) -> str:
-    """What the source shows, what was asked for, what the made picture `shows` with a word on each thing (done or
-    wrong where it was asked for, kept or changed elsewhere), and what follows, in the world's fixed words. A judge that
-    learns to say it learns to see and to compare one thing after the other: the grade alone hardly says how."""
+    """What the source shows, what was asked for, what the made picture `shows` word by word beside what it should, with
+    a word on each thing (done or wrong where it was asked for, kept or changed elsewhere), and what follows, in the
+    world's fixed words. A judge that learns to say it learns to see and to compare one word after the other: things
+    compared whole are learnt far later, and the grade alone hardly says how."""
     source, target, _ = scenes(record)
     before, wanted = described(source), described(target)
     asked = {name: words for name, words in wanted.items() if words != before[name]}
@@ -108,12 +109,20 @@ def _listed(words: Mapping[str, str]) -> str:
 def _judged(shows: Mapping[str, str], before: Mapping[str, str], wanted: Mapping[str, str]) -> str:
     found = []
     for name, said in shows.items():
-        usual = _USUAL.get(name, ("empty",))
-        if before[name] != wanted[name]:
-            found.append(f"{name} {said} {'done' if said == wanted[name] else 'wrong'}")
-        elif said != wanted[name] or said not in usual:
-            found.append(f"{name} {said} {'kept' if said == wanted[name] else 'changed'}")
+        usual, asked = _USUAL.get(name, ("empty",)), before[name] != wanted[name]
+        if asked or said != wanted[name] or said not in usual:
+            word = ("wrong", "done") if asked else ("changed", "kept")
+            both = _beside(said, wanted[name])
+            found.append(f"{name} {'asked' if asked else 'before'} {both} {word[said == wanted[name]]}")
     return " , ".join(found) or "nothing"
+
+
+def _beside(shown: str, right: str) -> str:
+    """Each word of what is `shown` and then of what should be there, "no" after two that differ: one look a word."""
+    pairs = list(zip(shown.split(), right.split(), strict=False))
+    if len(shown.split()) != len(right.split()):
+        return f"{shown} {right} no"
+    return " ".join(f"{word} {other}" if word == other else f"{word} {other} no" for word, other in pairs)
 
 
 _USUAL = {"background": (), **{name: (values[0],) for name, values in GLOBALS.items()}}
