@@ -516,6 +516,28 @@ def test_released_folders_of_older_libraries_load(folder, model, tmp_path):
     assert torch.equal(again.encode_text(["a red star"])[0]["pooled"], model.encode_text(["a red star"])[0]["pooled"])
 
 
+@torch.no_grad()
+def test_a_transformer_in_a_single_file(folder, model, release, tmp_path):
+    """The folder then has its configuration alone; presets count the file."""
+    shutil.copytree(folder, tmp_path / "base")
+    (weights,) = (tmp_path / "base" / "transformer").glob("*.safetensors")
+    file = weights.rename(tmp_path / "flux1-kontext-dev.safetensors")
+    again = load(tmp_path / "base", device="cpu", files={"transformer": file}, vram=80)
+    assert torch.equal(again.velocity(X, SIGMA, again.prepare(MIXED)), model.velocity(X, SIGMA, model.prepare(MIXED)))
+    with pytest.raises(WeftError, match=r"transformer: no \*\.safetensors weights"):
+        load(tmp_path / "base", device="cpu")
+    with pytest.raises(WeftError, match="'text_encoder' is not read from a single file; transformer, vae can be"):
+        load(tmp_path / "base", device="cpu", files={"text_encoder": file})
+    other = release / "edit_lora" / "pytorch_lora_weights.safetensors"
+    with pytest.raises(WeftError, match="diffusers finds no FluxTransformer2DModel"):
+        load(tmp_path / "base", device="cpu", files={"transformer": other})
+    state = load_file(file)
+    state.pop("proj_out.weight")
+    save_file(state, file)
+    with pytest.raises(WeftError, match="diffusers finds no FluxTransformer2DModel"):
+        load(tmp_path / "base", device="cpu", files={"transformer": file})
+
+
 def test_missing_parts_and_licences_are_named(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "broken")
     shutil.rmtree(tmp_path / "broken" / "text_encoder_2")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -25,7 +25,7 @@ from weft.rng import seed_of
 if TYPE_CHECKING:
     from weft.models.rewriter import Rewriter
     from weft.sample.rollout import Callback
-    from weft.types import FlowModel
+    from weft.types import FlowModel, SkipLayers
 
 Picture = Image.Image | str | Path
 Instruction = str | Sequence[Part]
@@ -44,7 +44,7 @@ class Options:
     """How to sample; None is the model's own default. `guidance` 1 switches classifier-free guidance off and halves
     the work; `batch` changes the speed and the memory, never the pictures. `solver` is one of
     `weft.sample.solvers.SOLVERS`; `callback_on_step_end` has diffusers' signature and is called for every batch
-    (`weft.sample.rollout.sample_flow`)."""
+    (`weft.sample.rollout.sample_flow`); `skip_layers` is skip-layer guidance."""
 
     steps: int | None = None
     guidance: float | None = None
@@ -53,6 +53,7 @@ class Options:
     progress: bool = False
     solver: str = "euler"
     callback_on_step_end: Callback | None = None
+    skip_layers: SkipLayers | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -225,6 +226,7 @@ class Model:
             progress=options.progress,
             solver=options.solver,
             callback_on_step_end=options.callback_on_step_end,
+            skip_layers=options.skip_layers,
         )
         images = self.flow.decode(rollout.latents, rollout.sizes)
         for (record, seed), image in zip(jobs, images, strict=True):
@@ -236,6 +238,8 @@ class Model:
             }  # fmt: skip
             if options.solver != "euler":
                 facts["solver"] = options.solver
+            if options.skip_layers is not None:
+                facts["skip_layers"] = asdict(options.skip_layers)
             if "asked" in record.meta:  # the instruction is the rewriter's
                 facts["asked"] = record.meta["asked"]
             image.info["weft"] = facts
@@ -263,6 +267,7 @@ def load(
     resolution: int | None = None,
     options: Mapping[str, Any] | None = None,
     vram: int | None = None,
+    files: Mapping[str, str | Path] | None = None,
     rewriter: Rewriter | None = None,
 ) -> Model:
     """Load a zoo name, a folder in diffusers layout, or a hub id; the options are those of `weft.models.load.load`.
@@ -282,7 +287,7 @@ def load(
     flow = load_flow(
         folder, device=device, dtype=dtype, lora=lora, adapters=adapters, attention_backend=attention_backend,
         tiling=tiling, slicing=slicing, offload=offload, quantization=quantization, resolution=resolution,
-        options=options, vram=vram,
+        options=options, vram=vram, files=files,
     )  # fmt: skip
     flow.name = str(model)  # in results and reports, the model rather than its family
     return Model(flow, str(model), read_defaults(folder, Defaults(flow.steps, flow.guidance)), rewriter)

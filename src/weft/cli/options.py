@@ -45,6 +45,10 @@ class ModelOptions:
         default_factory=list
     )
     """An option of the model's family, as reference_tokens=4096 or layout=mosaic; can be repeated."""
+    file: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PART=PATH")] = field(
+        default_factory=list
+    )
+    """Weights of a part that lie in one file, as transformer=flux1-kontext-dev.safetensors; can be repeated."""
     device: Text = None
     """cpu, cuda, cuda:1, mps; default: the best that is here."""
     dtype: Annotated[Literal["fp32", "bf16", "fp16"] | None, QUIET] = None
@@ -125,6 +129,7 @@ class ModelOptions:
             resolution=self.resolution,
             options=dict(parse_option(text) for text in self.option),
             vram=self.vram,
+            files=dict(parse_file(text) for text in self.file),
             rewriter=rewriter,
         )
         licence = getattr(model.flow, "licence", None)
@@ -141,6 +146,14 @@ def parse_option(text: str) -> tuple[str, Any]:
     if not equals or not name:
         raise WeftError(f"--option {text}: not of the form name=value, as layout=mosaic")
     return name, yaml.safe_load(value)
+
+
+def parse_file(text: str) -> tuple[str, str]:
+    """Part and path of "part=path"."""
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise WeftError(f"--file {text}: not of the form part=path, as transformer=flux1-kontext-dev.safetensors")
+    return name, path
 
 
 @dataclass(kw_only=True)

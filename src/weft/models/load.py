@@ -120,6 +120,7 @@ def load(
     resolution: int | None = None,
     options: Mapping[str, Any] | None = None,
     vram: int | None = None,
+    files: Mapping[str, str | Path] | None = None,
 ) -> Any:
     """The model in a zoo entry, a folder in diffusers layout, or a hub repository (needs a network).
 
@@ -133,15 +134,17 @@ def load(
     by accelerate. `quantization`: "4bit" (NF4) or "8bit" for the largest parts, or a dict of part name to one of them,
     by bitsandbytes (extra `quant`). `resolution`: size in pixels, by the family's rule, of pictures whose record names
     none. `vram`: offload, quantization, tiling and slicing as a GPU of 16, 24, 48 or 80 GiB needs them
-    (`weft.models.memory.preset`). `options`: the family's own, e.g. those of
-    `weft.models.image.flux_kontext.FluxOptions`; they and the
-    resolution have their defaults in the folder's `weft.json`.
+    (`weft.models.memory.preset`). `files`: weights of a network that lie in one file, in their authors' layout or
+    diffusers', as {"transformer": "flux1-kontext-dev.safetensors"}; the rest is the folder's. `options`: the family's
+    own, e.g. those of `weft.models.image.flux_kontext.FluxOptions`; they and the resolution have their defaults in the
+    folder's `weft.json`.
     Raises WeftError if the model is unknown or broken, or an option cannot be honoured here.
     """
     folder = find_model(str(name_or_folder))
     if makes_motion(folder):
         given = {"adapters": adapters, "attention_backend": attention_backend, "quantization": quantization,
-                 "resolution": resolution, "options": options, "vram": vram, "tiling": tiling or None,
+                 "resolution": resolution, "options": options, "vram": vram, "files": files or None,
+                 "tiling": tiling or None,
                  "slicing": slicing or None, "offload": None if offload == "none" else offload}  # fmt: skip
         for option, value in given.items():
             if value is not None:
@@ -154,7 +157,7 @@ def load(
     if vram is not None:
         if offload != "none" or quantization is not None:
             raise WeftError("vram chooses offload and quantization: leave these out, or leave out vram")
-        found = preset_for(folder, vram, options)
+        found = preset_for(folder, vram, options, files)
         offload, quantization = found.offload, found.quantization
         tiling, slicing = tiling or found.tiling, slicing or found.slicing
     if offload not in ("none", "model", "sequential"):
@@ -166,7 +169,7 @@ def load(
     wanted = make_options(family, {**card.get("options", {}), **(options or {})})
     configs = quantization_configs(quantization, kind, target, family)
     place = {"": target} if configs else None
-    parts = load_parts(folder, family.parts, dtype=kind, quantization=configs, device_map=place)
+    parts = load_parts(folder, family.parts, dtype=kind, quantization=configs, device_map=place, files=files)
     if family.beside is not None:
         parts |= family.beside(folder, wanted, kind, configs, place)
     arguments: dict[str, Any] = {} if wanted is None else {"options": wanted}

@@ -28,10 +28,11 @@ class Preset:
     slicing: bool = False
 
 
-def weight_bytes(folder: Path) -> float:
-    """Bytes of a part's weights in 16 bits, from the headers of its safetensors files (without copies in fp16)."""
+def weight_bytes(place: Path) -> float:
+    """Bytes of a part's weights in 16 bits, from the headers of its folder's safetensors files (without copies in
+    fp16), or of its single file."""
     count = 0
-    for path in folder.glob("*.safetensors"):
+    for path in [place] if place.is_file() else place.glob("*.safetensors"):
         if ".fp16" in path.name:
             continue
         with path.open("rb") as file:
@@ -70,15 +71,21 @@ def preset(vram: int, sizes: dict[str, float], quantized: Sequence[str]) -> Pres
     return Preset("sequential", None, small, small)
 
 
-def preset_for(folder: Path, vram: int, options: Mapping[str, Any] | None = None) -> Preset:
-    """The preset of a model folder opened with the family's `options`. Parts that lie elsewhere (a MetaQuery model's
-    VLM) are counted with it."""
+def preset_for(
+    folder: Path,
+    vram: int,
+    options: Mapping[str, Any] | None = None,
+    files: Mapping[str, str | Path] | None = None,
+) -> Preset:
+    """The preset of a model folder opened with the family's `options` and single `files`. Parts that lie elsewhere (a
+    MetaQuery model's VLM) are counted with it."""
     from weft.models.load import family_of
     from weft.models.weights import part_folder
 
     family = family_of(folder)
     places = {name: part_folder(folder, name) for name in family.order}
-    sizes = {name: weight_bytes(path) for name, path in places.items() if path.is_dir()}
+    places |= {name: Path(file) for name, file in (files or {}).items()}
+    sizes = {name: weight_bytes(path) for name, path in places.items() if path.exists()}
     if "vlm" in family.order and "vlm" not in sizes:
         from weft.models.image.metaquery_parts import find_vlm
         from weft.models.weights import read_json

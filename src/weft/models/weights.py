@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -163,13 +163,20 @@ def load_parts(
     dtype: torch.dtype,
     quantization: dict[str, Any] | None = None,
     device_map: Any = None,
+    files: Mapping[str, str | Path] | None = None,
 ) -> dict[str, Any]:
     """The parts of a released folder by name, networks in eval mode.
 
-    `quantization` maps part names to a ready configuration object (see `weft.models.load`). Raises WeftError that
-    names the part which is missing, unreadable, incomplete or of other shapes than its configuration says.
+    `quantization` maps part names to a ready configuration object (see `weft.models.load`); `files` names of
+    diffusers' networks to single files with their weights, of which the folder then has the configuration alone. Raises
+    WeftError that names the part which is missing, unreadable, incomplete or of other shapes than its configuration
+    says.
     """
-    index = read_index(folder)
+    index, files = read_index(folder), files or {}
+    for name in files:
+        if not parts.networks.get(name, "").startswith("diffusers:"):
+            known = [part for part, kind in parts.networks.items() if kind.startswith("diffusers:")]
+            raise WeftError(f"files: {name!r} is not read from a single file; {', '.join(known)} can be")
     order = [*parts.networks, *parts.readers]
     names = [n for n in order if n not in parts.optional or _has(folder, n, index)]
     places = {name: part_folder(folder, name) for name in names}
@@ -183,7 +190,8 @@ def load_parts(
         library, _, kind = (parts.networks.get(name) or parts.readers[name]).partition(":")
         cls = getattr(importlib.import_module(library), kind)
         if name in parts.networks:
-            found[name] = _network(path, cls, dtype, quantization.get(name), device_map)
+            file = Path(files[name]) if name in files else None
+            found[name] = _network(path, cls, dtype, quantization.get(name), device_map, file)
         else:
             found[name] = _guard(path, partial(cls.from_pretrained, path))
     return found
@@ -196,10 +204,14 @@ def _has(folder: Path, name: str, index: dict[str, Any]) -> bool:
     return part_folder(folder, name).is_dir()
 
 
-def _network(path: Path, kind: Any, dtype: torch.dtype, quantization: Any, device_map: Any) -> nn.Module:
+def _network(
+    path: Path, kind: Any, dtype: torch.dtype, quantization: Any, device_map: Any, file: Path | None = None
+) -> nn.Module:
     config = path / "config.json"
     if not config.is_file():
         raise WeftError(f"{path}: no config.json; download or export the model again")
+    if file is not None:
+        return _single(path, kind, dtype, quantization, device_map, file)
     if not list(path.glob("*.safetensors")):
         raise WeftError(f"{path}: no *.safetensors weights (pickled .bin and .pt files are not read)")
     # Named arguments only where set: both libraries warn about a quantisation configuration that is None.
@@ -220,6 +232,29 @@ def _network(path: Path, kind: Any, dtype: torch.dtype, quantization: Any, devic
     wrong = list(info.get("mismatched_keys", ()))
     if wrong:
         raise WeftError(f"{path}: weights do not have the shapes of config.json, the first is {wrong[0]}")
+    return module.eval()
+
+
+def _single(path: Path, kind: Any, dtype: torch.dtype, quantization: Any, device_map: Any, file: Path) -> nn.Module:
+    """A network from one safetensors file, in its authors' layout or diffusers', by diffusers' conversion."""
+    import safetensors.torch
+
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise WeftError(f"{file}: no such .safetensors file (pickled files are not read)")
+    options: dict[str, Any] = {"quantization_config": quantization} if quantization is not None else {}
+    if quantization is not None and device_map is not None:
+        options["device"] = device_map[""]
+    state = _guard(file, lambda: safetensors.torch.load_file(file))
+    try:
+        module = kind.from_single_file(state, config=str(path), torch_dtype=dtype, **options)
+    except (LookupError, ValueError, TypeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        why = f"diffusers finds no {kind.__name__} of the folder's configuration in it"
+        raise WeftError(f"{file}: {why} ({_line(error)})") from error
+    lost = sorted(name for name, weight in module.named_parameters() if weight.is_meta)
+    if lost:
+        raise WeftError(f"{file}: {len(lost)} weights of {path.name} are missing, the first is {lost[0]}")
     return module.eval()
 
 

@@ -107,10 +107,7 @@ class UniPic2Kontext(ImageFlow):
     # -- one step
 
     def prepare(self, conditions: Sequence[Condition]) -> Batch:
-        """The batch of one transformer call: `text`, `pooled`, and what `ImageFlow.arrange` says.
-
-        Add `skip_layers` (layer numbers) to leave these layers out, for skip-layer guidance.
-        """
+        """The batch of one transformer call: `text`, `pooled`, and what `ImageFlow.arrange` says."""
         lengths = {c.tensors["text"].shape[0] for c in conditions}
         if len(lengths) > 1:
             raise WeftError(f"texts of one batch differ in length ({sorted(lengths)} tokens); use one model for all")
@@ -119,6 +116,13 @@ class UniPic2Kontext(ImageFlow):
         for name in ("text", "pooled"):
             batch[name] = torch.stack([c.tensors[name] for c in conditions]).to(self.device, self.dtype)
         return batch
+
+    def skipping(self, batch: Batch, layers: Sequence[int]) -> Batch:
+        """The batch with these layers of the transformer left out, for skip-layer guidance. Raises WeftError."""
+        count = len(self.transformer.transformer_blocks)
+        if any(not 0 <= layer < count for layer in layers):
+            raise WeftError(f"skip_layers {list(layers)}: the transformer has the layers 0 to {count - 1}")
+        return batch | {"skip_layers": list(layers)}
 
     def velocity(self, x: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
         """Velocity [B, C, H, W] in fp32 of x [B, C, H, W] at sigma [B]; zero in the padding. One transformer call.
