@@ -90,6 +90,8 @@ def test_a_detectors_classes_have_the_names_of_geneval(tmp_path: Path) -> None:
     found, absent, unknown = scorer([(make_record("x", meta=meta), GREY) for meta in metas])
     assert found.value == 1.0 and absent.value == 0.0
     assert unknown.value is None and "unicorn" in str(unknown.reason)
+    wrong = [{"include": [{"count": 2}]}, {"include": [7]}, {"include": "dog"}]
+    assert [score.value for score in scorer([(make_record("x", meta=meta), GREY) for meta in wrong])] == [None] * 3
 
 
 def test_colours_are_told_by_clip_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

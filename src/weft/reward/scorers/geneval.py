@@ -88,7 +88,7 @@ class GenEval:
             return Score(None, reason="meta.include does not say what should be there (GenEval's row)")
         if self.colours is None and any("color" in clause for clause in include):
             return Score(None, reason="a colour is asked for, and there is nothing to tell colours with (colours=)")
-        unknown = [] if self.classes is None else [c["class"] for c in include if c.get("class") not in self.classes]
+        unknown = [] if self.classes is None else [c.get("class") for c in include if c.get("class") not in self.classes]
         if unknown:
             return Score(None, reason=f"the detector knows no class {unknown[0]!r}: it could never be found")
         least = COUNTING_CONFIDENCE if row.get("tag") == "counting" else CONFIDENCE
