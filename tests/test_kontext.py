@@ -177,7 +177,7 @@ def test_skipping_layers_keeps_the_references(model):
     x, sigma = rng.normal((1, 16, 8, 8), 0, "x"), torch.tensor([0.5])
     with_reference, without = model.prepare([MIXED[1]]), model.prepare([condition("same", (64, 64), [])])
     full = model.velocity(x, sigma, with_reference)
-    with_reference["skip_layers"] = without["skip_layers"] = [0]
+    with_reference, without = (model.skipping(batch, [0]) for batch in (with_reference, without))
     skipped = model.velocity(x, sigma, with_reference)
     assert not torch.equal(skipped, full)
     assert not torch.allclose(skipped, model.velocity(x, sigma, without), atol=1e-4)

@@ -11,10 +11,11 @@ from safetensors import safe_open
 
 from golden.make_unipic2 import GRIDS, GUIDANCE, JOBS, NEGATIVE, PROMPT, STEPS, inputs, noise, picture
 from tiny import T5_LENGTH, tiny_kontext_folder
+from weft.errors import WeftError
 from weft.models.image.sd3_kontext import UniPic2Kontext
 from weft.models.load import load
 from weft.sample.rollout import sample_flow
-from weft.types import Condition
+from weft.types import Condition, SkipLayers
 
 TOLERANCE = 1e-5
 # What a public LoRA recipe for this transformer adapts (yifan123/flow_grpo, scripts/train_sd3.py).
@@ -107,6 +108,53 @@ def test_without_references_it_is_stock_diffusers_and_the_saved_folder_opens_the
     ours = np.stack([np.asarray(p) for p in model.decode(latents, [(96, 48)] * 2)]).astype(int)
     assert np.abs(ours - theirs).max() <= 1  # a 1e-7 apart can round to the next of 256 levels
     assert (ours != theirs).mean() < 1e-3
+
+
+def test_skip_layer_guidance_is_that_of_diffusers_and_keeps_references(model, folder):
+    from diffusers import StableDiffusion3Pipeline
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    start = noise("skip", 2, 16, 8, 8)
+    skip = SkipLayers((1,), scale=2.8, start=0.01, stop=0.5)
+    expected = pipeline(
+        prompt=[PROMPT, "a green ring"], negative_prompt=[NEGATIVE] * 2, height=64, width=64, num_inference_steps=8,
+        guidance_scale=GUIDANCE, max_sequence_length=T5_LENGTH, latents=start.clone(), output_type="latent",
+        skip_guidance_layers=[1], skip_layer_guidance_scale=2.8, skip_layer_guidance_start=0.01,
+        skip_layer_guidance_stop=0.5,
+    ).images  # fmt: skip
+    states = model.encode_text([PROMPT, "a green ring", NEGATIVE, NEGATIVE])
+    reference = noise("skip/reference", 16, 8, 8)
+
+    def run(references, skip_layers=skip, guidance=GUIDANCE):
+        conditions = [Condition(str(k), (64, 64), states[k], references) for k in range(4)]
+        return sample_flow(
+            model, conditions[:2], seeds=[0, 0], steps=8, guidance=guidance, init_latents=start,
+            negative=conditions[2:] if guidance > 1 else None, skip_layers=skip_layers,
+        ).latents  # fmt: skip
+
+    plain, edited = run([]), run([reference])
+    assert (plain - expected).abs().max() <= TOLERANCE and (plain - run([], None)).abs().max() > 1e-3
+    # the released pipeline's skipping branch does not see the reference: what it adds would be that of a generation
+    calls = []
+    forget = model.skipping
+
+    def forgetful(batch, layers):
+        calls.append(layers)
+        return forget(model.prepare([Condition(str(k), (64, 64), states[k]) for k in range(2)]), layers)
+
+    model.skipping = forgetful
+    try:
+        assert (run([reference]) - edited).abs().max() > 1e-3 and calls == [(1,)]
+    finally:
+        del model.skipping
+    with pytest.raises(WeftError, match="has the layers 0 to"):
+        run([], SkipLayers((99,)))
+    with pytest.raises(WeftError, match="raise guidance above 1"):
+        run([], guidance=1)
+    for wrong in ({"layers": ()}, {"layers": (1,), "start": 0.5, "stop": 0.2}):
+        with pytest.raises(WeftError, match="skip-layer guidance"):
+            SkipLayers(**wrong)
 
 
 def test_without_the_third_encoder_its_tokens_are_zeros_as_in_diffusers(tmp_path):

@@ -16,7 +16,7 @@ from weft.errors import WeftError
 from weft.sample import kernels, schedules
 from weft.sample.rollout import initial_latents, pad_latents, sample_flow
 from weft.sample.solvers import SOLVERS
-from weft.types import Batch, Condition, Draw, Example, FlowModel, Loss
+from weft.types import Batch, Condition, Draw, Example, FlowModel, Loss, SkipLayers
 
 SDES = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8}
 
@@ -311,6 +311,7 @@ def test_progress_is_shown_on_demand_only(capsys: pytest.CaptureFixture[str]) ->
         ({"init_latents": [torch.zeros(3, 4, 4)]}, "1 initial latents"),
         ({"init_latents": [torch.zeros(3, 8, 8)] * 3}, "initial latent has shape"),
         ({"group_ids": ["a"]}, "1 group ids"),
+        ({"guidance": 2.0, "negative": MIXED, "skip_layers": SkipLayers((1,))}, "cannot leave layers out"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_before_any_call(options: dict, message: str) -> None:

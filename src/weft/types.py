@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from weft.errors import WeftError
+
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
@@ -36,6 +38,25 @@ class Condition:
     size: tuple[int, int]
     tensors: dict[str, Tensor]
     references: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(slots=True, frozen=True)
+class SkipLayers:
+    """Skip-layer guidance as diffusers' SD3 pipeline has it: in the steps k with start T < k < stop T the guided
+    velocity moves by `scale` times what the transformer's `layers` add to the positive one (Stability AI for SD3.5
+    Medium: layers 7, 8, 9). Raises `WeftError` for no layers or a span that is none."""
+
+    layers: tuple[int, ...]
+    scale: float = 2.8
+    start: float = 0.01
+    stop: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise WeftError("skip-layer guidance without layers; name some, as (7, 8, 9)")
+        if not 0 <= self.start < self.stop <= 1:
+            span = f"from {self.start:g} to {self.stop:g}"
+            raise WeftError(f"skip-layer guidance {span}: give shares of the steps, 0 <= start < stop <= 1")
 
 
 @dataclass(slots=True)

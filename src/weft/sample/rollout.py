@@ -13,7 +13,7 @@ from weft import rng
 from weft.errors import WeftError
 from weft.sample import kernels
 from weft.sample.solvers import KEEPS_PAST, SOLVERS, Past
-from weft.types import Batch, Condition, FlowModel, Rollout
+from weft.types import Batch, Condition, FlowModel, Rollout, SkipLayers
 
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], "dict[str, Tensor] | None"]
 """diffusers' `callback_on_step_end(pipe, step, timestep, callback_kwargs)`; what it returns replaces the tensors."""
@@ -31,6 +31,7 @@ def sample_flow(
     sigmas: Sequence[float] | Tensor | None = None,
     guidance: float = 1.0,
     negative: Sequence[Condition] | None = None,
+    skip_layers: SkipLayers | None = None,
     solver: str = "euler",
     kind: str = "ode",
     eta: float = 0.0,
@@ -52,7 +53,8 @@ def sample_flow(
 
     With `guidance` > 1, each step is one velocity call on [negative, positive] and
     v = v_neg + guidance (v_pos - v_neg) in fp32 (arXiv 2207.12598), or what the model's own `guide` makes of the two;
-    references belong to both halves, so guidance acts on the text only.
+    references belong to both halves, so guidance acts on the text only. `skip_layers` adds skip-layer guidance for
+    models that can leave layers out (`skipping`): one call more, references included, in each of its steps.
 
     Steps inside `window` = (start, stop) take the SDE `kind` with noise level `eta` (see `kernels`), the others the
     ODE `solver`; an SDE kind without a window is used everywhere (Flow-GRPO-Fast, MixGRPO: arXiv 2507.21802).
@@ -71,6 +73,7 @@ def sample_flow(
     guided = guidance > 1
     batch = model.prepare([*(negative or ()), *conditions])
     device = next(value.device for value in batch.values() if isinstance(value, Tensor))
+    skipped = _skipped(model, conditions, guidance, skip_layers)
     if init_latents is None:
         init_latents = initial_latents(model, conditions, seeds, noise_purpose)
     x, valid = _start(model, conditions, init_latents)
@@ -80,7 +83,8 @@ def sample_flow(
     past: list[Past] | None = None
     for k in tqdm(range(total), desc="sampling", unit="step", disable=not progress):
         now, then = [grid[k] for grid in grids], [grid[k + 1] for grid in grids]
-        v = _velocity(model, x, now, batch, guidance if guided else None)
+        active = skip_layers is not None and total * skip_layers.start < k < total * skip_layers.stop
+        v = _velocity(model, x, now, batch, guidance if guided else None, skipped if active else None)
         noisy = start <= k < stop
         if noisy:
             shapes = [_shape(model, c) for c in conditions]
@@ -142,14 +146,39 @@ def pad_latents(latents: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     return out, valid
 
 
-def _velocity(model: FlowModel, x: Tensor, now: list[float], batch: Batch, guidance: float | None) -> Tensor:
-    """Velocity in fp32, guided or not: exactly one call of the model."""
+def _skipped(
+    model: FlowModel, conditions: Sequence[Condition], guidance: float, skip: SkipLayers | None
+) -> tuple[Batch, float] | None:
+    """The positive batch without the skipped layers, and the scale of what they add."""
+    if skip is None:
+        return None
+    leave_out = getattr(model, "skipping", None)
+    if leave_out is None:
+        raise WeftError(f"{model.name} cannot leave layers out, which is for SD3 models; drop skip_layers")
+    if guidance == 1:
+        raise WeftError("skip-layer guidance is added to guidance; raise guidance above 1 or drop skip_layers")
+    return leave_out(model.prepare(conditions), skip.layers), skip.scale
+
+
+def _velocity(
+    model: FlowModel,
+    x: Tensor,
+    now: list[float],
+    batch: Batch,
+    guidance: float | None,
+    skipped: tuple[Batch, float] | None = None,
+) -> Tensor:
+    """Velocity in fp32, guided or not: one call of the model, and a second where layers are skipped."""
     sigma = x.new_tensor(now)
     if guidance is None:
         return model.velocity(x, sigma, batch).float()
     both = model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), batch).float()
     v_neg, v_pos = both.chunk(2)
-    return guided(model, v_neg, v_pos, guidance)
+    v = guided(model, v_neg, v_pos, guidance)
+    if skipped is None:
+        return v
+    without, scale = skipped
+    return v + scale * (v_pos - model.velocity(x, x.new_tensor(now), without).float())
 
 
 def guided(model: FlowModel, v_neg: Tensor, v_pos: Tensor, guidance: float) -> Tensor:
