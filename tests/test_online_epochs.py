@@ -149,6 +149,9 @@ def test_an_epochs_rewards_are_logged_whichever_steps_are(folder, tmp_path):
     rows = log(tmp_path)
     assert [row["step"] for row in rows] == [2, 4]
     assert [row["epoch"] for row in rows] == [0, 1] and all(row["reward_group_std"] > 0 for row in rows)
+    parts = ("encode", "rollout", "decode", "reward", "reward_wait", "update")
+    assert all(row[f"seconds/{part}"] >= 0 for row in rows for part in parts)
+    assert all(row["seconds/update"] > 0 for row in rows)
 
 
 def test_a_watched_scorer_may_look_at_a_share():

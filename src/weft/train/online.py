@@ -120,6 +120,7 @@ class Online:
         self.gaps: dict[str, float] = {}  # reward - watched scorer, at the first epoch
         self.empty = 0
         self.news: dict[str, float] = {}
+        self.begun, self.updating = 0.0, 0.0  # when the last update began, and the seconds of the epoch's updates
 
     # -- one optimiser step
 
@@ -146,6 +147,7 @@ class Online:
         count = len(chosen) * self.objective.count(self.rollout)
         news, self.news = self.news, {}
         ids = [f"{item.sample.id}@{item.k}" for item in items]
+        self.begun = time.perf_counter()
         return Fed(self.epoch.name, items, ids, count, micro, pieces=pieces, metrics=news)
 
     def loss(self, items: Sequence[Item], draw: Draw) -> Loss:
@@ -154,8 +156,10 @@ class Online:
     def stepped(self, step: int) -> dict[str, float]:
         """After an optimiser step; after an epoch's last one the old policy follows and bans take effect."""
         values = self.objective.updated((step - 1) % self.rollout.steps_per_epoch == 0)
+        self.updating += time.perf_counter() - self.begun
         if step % self.rollout.steps_per_epoch == 0:
-            values |= self.objective.epoch_done(step)
+            values |= self.objective.epoch_done(step) | {"seconds/update": self.updating}
+            self.updating = 0.0
             self.banned = list(dict.fromkeys([*self.banned, *self.new_bans]))
             self.epoch = self.mixed = None
         return values

@@ -88,9 +88,9 @@ class GenEval:
             return Score(None, reason="meta.include does not say what should be there (GenEval's row)")
         if self.colours is None and any("color" in clause for clause in include):
             return Score(None, reason="a colour is asked for, and there is nothing to tell colours with (colours=)")
-        unknown = [] if self.classes is None else [c.get("class") for c in include if c.get("class") not in self.classes]
-        if unknown:
-            return Score(None, reason=f"the detector knows no class {unknown[0]!r}: it could never be found")
+        unknown = {repr(clause.get("class")) for clause in include if clause.get("class") not in (self.classes or ())}
+        if self.classes is not None and unknown:
+            return Score(None, reason=f"the detector knows no class {', '.join(sorted(unknown))}: it is never found")
         least = COUNTING_CONFIDENCE if row.get("tag") == "counting" else CONFIDENCE
         seen: dict[str, list[Found]] = {}
         for thing in sorted(things, key=lambda thing: -thing.confidence):
