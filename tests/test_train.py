@@ -341,6 +341,18 @@ def test_two_processes_make_the_steps_of_one(tmp_path):
     assert done.returncode != 0 and "not finite, the weights are unchanged; samples edit-7" in done.stderr
 
 
+def test_processes_wait_longer_than_torchs_ten_minutes(monkeypatch):
+    """The first process alone encodes ahead and evaluates: hours, in which the others stand at a barrier."""
+    import torch.distributed as dist
+
+    from weft.train.parallel import Processes
+
+    asked = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: asked.update(options))
+    assert Processes().size == 2 and asked["timeout"].total_seconds() >= 24 * 3600
+
+
 def test_accumulate_must_be_shared_out(monkeypatch):
     from weft.train.parallel import Processes
 

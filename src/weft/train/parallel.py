@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch import nn
 from weft.errors import WeftError
 
 BUCKET = 25_000_000  # gradients reduced at once, in elements
+PATIENCE = timedelta(days=2)
+"""How long processes wait for the first one, which alone encodes ahead, evaluates and writes; torch's ten minutes would
+end the run there. One that has died is seen by torchrun at once."""
 
 
 class Processes:
@@ -26,7 +30,7 @@ class Processes:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local = int(os.environ.get("LOCAL_RANK", 0))
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
 
     @property
     def first(self) -> bool:
