@@ -113,6 +113,21 @@ def test_formats_and_the_released_output_grid():
     assert parity.input_sizes([(1568, 672), (500, 500)], True, (1552, 656)) == [(1568, 672), (1024, 1024)]
 
 
+@pytest.mark.parametrize("asked", [(32, 32), (64, 128), (100, 50), (512, 512)])
+def test_of_a_size_that_is_asked_for_the_release_takes_the_shape_alone(model, folder, asked):
+    size = released_size(*asked)
+    for sources in ((), (picture(48, 96),)):
+        record = make_record("x", *sources, size=asked)
+        (condition,), (bare,) = model.encode([record]), model.encode([make_record("x", *sources)])
+        assert condition.size == size and size[0] * size[1] <= 64 * 64
+        assert all(torch.equal(a, b) for a, b in zip(condition.references, bare.references, strict=True))  # stretched
+    if asked[0] % 16 == 0 and asked[1] % 16 == 0:
+        plain = load(folder, device="cpu")
+        assert plain.encode([make_record("x", size=asked)])[0].size == asked
+        answer = make_record("x", size=asked, target=picture(*asked))
+        assert model.examples([answer])[0]["target"].shape[1:] == (asked[0] // 8, asked[1] // 8)  # trains as asked
+
+
 KONTEXT_DEV = {
     "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24,
     "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56),

@@ -234,6 +234,10 @@ def test_wrong_options_are_named(folder, tmp_path):
         read_recipe(recipe(folder, tmp_path, data=[]))
     with pytest.raises(WeftError, match="grid_every is set, but there is no grid section"):
         read_recipe(recipe(folder, tmp_path, run={"grid_every": 2}))
+    with pytest.raises(WeftError, match="grid.negative is not used at grid.guidance 1; raise guidance or remove it"):
+        read_recipe(recipe(folder, tmp_path, grid={"source": MIXED, "negative": "blurred"}))
+    with pytest.raises(WeftError, match="grid.guidance is 0.5; it must be at least 1"):
+        read_recipe(recipe(folder, tmp_path, grid={"source": MIXED, "guidance": 0.5}))
     with pytest.raises(WeftError, match="stages end at step 3"):
         read_recipe(recipe(folder, tmp_path, stages=[{"until_step": 3}]))
 

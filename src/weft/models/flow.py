@@ -36,6 +36,8 @@ class FlowFamily(FlowModel, Protocol):
 
     def output_size(self, inputs: Sequence[Size], aligned: Size | None) -> Size: ...
 
+    def asked_size(self, size: Size) -> Size | None: ...
+
     def input_sizes(self, inputs: Sequence[Size], source: bool, output: Size) -> list[Size]: ...
 
     def states(self, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> list[dict[str, Tensor]]: ...
@@ -109,7 +111,8 @@ def pictures(model: FlowFamily, record: Record, *, target: bool = False) -> Pict
 
     The output's size is `record.meta["size"]` ([height, width]) if given: then source and target cover it exactly,
     centre-cropped. Otherwise the family's rule sizes the source, or the target if there is no source; a pure
-    generation is square. References always keep their own aspect, sized by the family's rule.
+    generation is square. References always keep their own aspect, sized by the family's rule. A family may make
+    another size of the one that is asked for (`asked_size`) and stretch the source as ever; what trains is as asked.
     """
     goal = record.target if target else None
     if target and goal is None:
@@ -117,9 +120,13 @@ def pictures(model: FlowFamily, record: Record, *, target: bool = False) -> Pict
     raw = [record.load(part) for part in record.inputs]
     answer = None if goal is None else record.load(goal)
     shapes = [(image.height, image.width) for image in raw]
-    explicit, source = record.meta.get("size") is not None, record.source is not None
-    if explicit:
-        size = check_size(tuple(record.meta["size"]), model.multiple)
+    asked, source = record.meta.get("size"), record.source is not None
+    other = None if asked is None or target else model.asked_size(tuple(asked))
+    explicit = asked is not None and other is None
+    if other is not None:
+        size = other
+    elif asked is not None:
+        size = check_size(tuple(asked), model.multiple)
     else:
         aligned = shapes[0] if source else None if answer is None else (answer.height, answer.width)
         size = model.output_size(shapes, aligned)

@@ -341,6 +341,12 @@ def check(recipe: Recipe, file: str) -> Recipe:
             source(getattr(recipe, name).source, f"{name}.source")
         else:
             need(getattr(run, f"{name}_every") == 0, f"run.{name}_every is set, but there is no {name} section")
+    for name in ("grid", "rollout"):
+        part = getattr(recipe, name)
+        if part is not None:
+            need(part.guidance >= 1, f"{name}.guidance is {part.guidance}; it must be at least 1 (1 = off)")
+            idle = part.negative and part.guidance == 1
+            need(not idle, f"{name}.negative is not used at {name}.guidance 1; raise guidance or remove it")
     last = 0
     for i, stage in enumerate(recipe.stages):
         final = i == len(recipe.stages) - 1

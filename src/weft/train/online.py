@@ -344,10 +344,6 @@ def check_rollout(r: RolloutRecipe, advantage: AdvantageConfig) -> None:
         )
     if r.solver not in SOLVERS:
         raise WeftError(f'rollout.solver: there is no "{r.solver}"; {nearest(r.solver, list(SOLVERS))}')
-    if r.guidance < 1:
-        raise WeftError(f"rollout.guidance is {r.guidance}; it must be at least 1 (1 = off)")
-    if r.negative and r.guidance == 1:
-        raise WeftError("rollout.negative is not used at rollout.guidance 1; raise guidance or remove it")
     kernels.coefficients(1.0, 0.5, kind=r.kind, eta=r.eta)  # refuses a noise level that does not fit the kind
 
 

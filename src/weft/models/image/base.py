@@ -163,6 +163,10 @@ class ImageFlow(ABC):
         """The output's size where the record names none: that of the picture it is `aligned` with, else square."""
         return (self.resolution, self.resolution) if aligned is None else self.own_size(aligned)
 
+    def asked_size(self, size: flow.Size) -> flow.Size | None:
+        """The output's size where a record asks for `size` and the family makes another; None: it is taken as it is."""
+        return None
+
     def input_sizes(self, inputs: Sequence[flow.Size], source: bool, output: flow.Size) -> list[flow.Size]:
         """The sizes at which input pictures are encoded; with a `source`, the first is aligned with the output."""
         return [output if source and k == 0 else self.own_size(size) for k, size in enumerate(inputs)]

@@ -43,10 +43,11 @@ KONTEXT_FORMATS = (
 class FluxOptions:
     """Choices of a FLUX Kontext model.
 
-    `layout`: where references stand (`layouts.LAYOUTS`). `parity`: the release's output grid. `embedded_guidance`: the
-    number a guidance-distilled transformer is told; not classifier-free guidance, which comes on top. `text_length`:
-    longest T5 text in tokens. `reference_tokens`: the most tokens that a request's references (all pictures but the
-    source) may have together; larger ones are scaled down alike.
+    `layout`: where references stand (`layouts.LAYOUTS`). `parity`: the release's output grid; of a size that is asked
+    for it takes the shape alone. `embedded_guidance`: the number a guidance-distilled transformer is told; not
+    classifier-free guidance, which comes on top. `text_length`: longest T5 text in tokens. `reference_tokens`: the most
+    tokens that a request's references (all pictures but the source) may have together; larger ones are scaled down
+    alike.
     """
 
     layout: str = "dreamomni2"
@@ -120,8 +121,15 @@ class FluxKontext(PackedFlow):
     def output_size(self, inputs: Sequence[flow.Size], aligned: flow.Size | None) -> flow.Size:
         """The source's own format; with `parity` the release's rule applied to it, which rounds areas down again."""
         size = super().output_size(inputs, aligned)
+        return self.asked_size(size) or size
+
+    def asked_size(self, size: flow.Size) -> flow.Size | None:
+        """Under `parity` the release's pipeline: only the shape of an asked size counts, its area is the model's own,
+        edges rounded down (`max_area` in pipeline_dreamomni2.py). Raises WeftError for a size without an area."""
         if not self.options.parity:
-            return size
+            return None
+        if min(size) <= 0:
+            raise WeftError(f"size {size[0]}x{size[1]} (height x width) has no area")
         aspect, area = size[1] / size[0], self.resolution**2
         height, width = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
         return height // self.multiple * self.multiple, width // self.multiple * self.multiple
