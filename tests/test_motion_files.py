@@ -220,7 +220,6 @@ def test_acclaim(tmp_path: Path) -> None:
         "skeleton 2 freedoms": AMC.replace("up 90 0", "up 90"),
         "not in the skeleton": AMC.replace("up 90", "leg 90"),
         "NaN": AMC.replace("up 90 0", "up nan 0"),
-        "radians": AMC.replace("DEGREES", "RADIANS"),
         "no frames": ":DEGREES\n",
         "before the first": "root 1\n",
     }.items():
@@ -235,6 +234,38 @@ def test_acclaim(tmp_path: Path) -> None:
             read_amc(tmp_path / "01_01.amc")
     with pytest.raises(WeftError, match="unknown skeleton"):
         to_motion(rig)
+
+
+def test_acclaim_root_offset_and_radians(tmp_path: Path) -> None:
+    def joints(asf: str, amc: str) -> np.ndarray:
+        (tmp_path / "1.asf").write_text(asf)
+        (tmp_path / "1_1.amc").write_text(amc)
+        return read_amc(tmp_path / "1_1.amc").positions / (0.0254 / 0.45)
+
+    plain = joints(ASF, AMC)
+    # the definition: position and orientation say where the skeleton stands, and all motion is relative to them;
+    # the angles act in the order of axis, about fixed axes
+    for axis, matrices in (("XYZ", "ZYX"), ("zyx", "XYZ"), ("YZX", "XZY")):
+        asf = ASF.replace("axis XYZ\n   position 0 0 0", f"axis {axis}\n   position 3 -1 2\n   orientation 90 30 -20")
+        turns = {"X": [90.0, 0, 0], "Y": [0, 30.0, 0], "Z": [0, 0, -20.0]}
+        a, b, c = (from_axis_angle(np.radians(turns[name])) for name in matrices)
+        wanted = rotate(a, rotate(b, rotate(c, plain))) + [3, -1, 2]
+        assert np.allclose(joints(asf, AMC), wanted, atol=1e-9), axis
+    # 90 degrees about x take +y to +z
+    asf = ASF.replace("position 0 0 0", "position 0 0 0\n   orientation 90 0 0")
+    assert np.allclose(joints(asf, AMC)[0], [[1, -3, 2], [1, -3, 4], [2, -3, 4]], atol=1e-9)
+
+    half = str(np.pi / 2)
+    radians = AMC.replace("DEGREES", "RADIANS").replace("0 90 0", f"0 {half} 0").replace("up 90", f"up {half}")
+    assert np.allclose(joints(ASF, radians), plain, atol=1e-9)
+    skeleton = ASF.replace("angle deg", "angle rad").replace("axis 0 0 90", f"axis 0 0 {half}")
+    assert np.allclose(joints(skeleton, AMC), plain, atol=1e-9), "the motion's own word counts"
+    assert np.allclose(joints(skeleton, radians.replace(":RADIANS\n", "")), plain, atol=1e-9), "else the skeleton's"
+    turned = skeleton.replace("position 0 0 0", f"position 0 0 0\n   orientation {half} 0 0")
+    assert np.allclose(joints(turned, radians), joints(asf, AMC), atol=1e-9)
+    for bad in ("orientation 90 0", "orientation 90 0 nan", "position 1 2 x", "axis XYY"):
+        with pytest.raises(WeftError, match=r"1\.asf"):
+            joints(ASF.replace("axis XYZ\n   position 0 0 0", bad), AMC)
 
 
 def foreign(table: dict, clip: Motion, unit: float, prefix: str = "") -> Rig:
