@@ -22,6 +22,7 @@ from weft.models.motion.build import build
 from weft.models.motion.lm import MotionLM, make_options
 from weft.models.motion.lm_training import MotionLMTrainable, runs
 from weft.models.motion.load import load
+from weft.models.motion.network import MotionNetwork
 from weft.models.motion.reading import Rows, learned, wordless
 from weft.models.motion.think import think
 from weft.models.motion.tokens import SERIALISATIONS, Reply, Serialisation, Span, Vocabulary
@@ -500,6 +501,64 @@ def test_it_opens_by_its_index(folders: dict[str, Path]) -> None:
         weft.load(folders["flat"])
     walk = weft.load_motion(folders["flat"], device="cpu").generate("a person walks", seed=1, seconds=2.0)
     assert len(walk) == 40
+
+
+LMS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gemma2": {"final_logit_softcapping": 2.0, "head_dim": 16},
+    "granite": {"logits_scaling": 6.0, "embedding_multiplier": 3.0},
+    "granitemoe": {"logits_scaling": 6.0, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "cohere": {"logit_scale": 0.25},
+    "cohere2": {"logit_scale": 4.0},
+    "hyperclovax": {"logits_scaling": 6.0},
+    "minicpm3": {"dim_model_base": 8, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+                 "v_head_dim": 16},
+}  # fmt: skip
+
+
+def tiny_lm(kind: str, **changes: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0,
+             "num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.3}  # fmt: skip
+    torch.manual_seed(2)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | LMS[kind] | changes)).eval()
+
+
+@pytest.mark.parametrize("kind", sorted(LMS))
+def test_logits_are_those_of_the_lm_s_own_class(kind: str) -> None:
+    lm = tiny_lm(kind)
+    network = MotionNetwork(lm, serial("flat"))
+    rows = torch.randint(0, 40, (2, 7, 1), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = lm(input_ids=rows[..., 0]).logits
+        hidden = network.hidden(rows, torch.ones((2, 7), dtype=torch.long))
+        assert wanted.abs().max() > 0.1, "or all would be near"
+        assert torch.allclose(network.vocabulary_logits(hidden), wanted, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(network.vocabulary_logits(hidden, 5, 11), wanted[..., 5:11], rtol=1e-5, atol=1e-6)
+    network.check_logits()
+
+
+def test_an_lm_with_other_logits_is_refused_when_a_model_is_built(tmp_path: Path) -> None:
+    lm = tiny_lm("llama").train()
+    plain = lm.forward
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        out = plain(*args, **kwargs)
+        out.logits = out.logits * 1.5
+        return out
+
+    lm.forward = scaled
+    with pytest.raises(WeftError, match="LlamaForCausalLM does something to its logits .* 33%"):
+        MotionNetwork(lm, serial("flat")).check_logits()
+    assert lm.training
+    settings = settings_for("flat")
+    settings["transformer"] = {"model_type": "granite", "hidden_size": 32, "intermediate_size": 48,
+                               "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+                               "logits_scaling": 8.0}  # fmt: skip
+    build(settings, tmp_path / "granite")
+    answer = load(tmp_path / "granite", device="cpu").respond([record(0)], seeds=[1])[0]
+    assert any(p.type == "motion" for p in answer)
 
 
 def test_wrong_folders_are_named(folders: dict[str, Path], tmp_path: Path) -> None:

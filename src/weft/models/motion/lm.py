@@ -92,7 +92,8 @@ class MotionLM:
     def create(cls, codec: Codec, tokenizer: Any, transformer: Any, options: dict[str, Any]) -> MotionLM:
         """A model whose vocabulary is extended here: markers and codes behind the tokenizer's own tokens.
 
-        New embeddings begin with the deviation of the old ones. Raises WeftError for unknown options.
+        New embeddings begin with the deviation of the old ones. Raises WeftError for unknown options, and for a
+        transformer whose logits would not be those of its own class.
         """
         made = make_options(options)
         levels = 1 if made.serialisation == "base_only" else codec.config.levels
@@ -117,7 +118,9 @@ class MotionLM:
             width = transformer.get_input_embeddings().weight.shape[1]
             sizes = getattr(made, kind)
             head = make_head(HeadConfig(kind, width, codec.config.levels, codec.config.codes, **sizes))
-        return cls(codec, tokenizer, transformer, made, head)
+        model = cls(codec, tokenizer, transformer, made, head)
+        model.network.check_logits()
+        return model
 
     def modules(self) -> dict[str, nn.Module]:
         """The networks by their folders' names."""

@@ -1,6 +1,7 @@
 """The language model over rows of tokens: embeddings of several columns, logits a column, and the KV cache.
 
-Any transformers causal LM will do: its decoder reads embeddings, its output embeddings give logits.
+Any transformers causal LM will do: its decoder reads embeddings, its output embeddings give logits, which some classes
+scale or cap (`check_logits` compares with the class's own).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weft.errors import WeftError
 from weft.models.motion.heads import DepthTransformer
 from weft.models.motion.tokens import Serialisation
 
@@ -66,9 +68,28 @@ class MotionNetwork:
             logits = head(hidden)
         else:
             logits = hidden @ head.weight[start:stop].t()
-        cap = getattr(self.transformer.config, "final_logit_softcapping", None)
-        logits = logits.float()
+        config = self.transformer.config
+        cap = getattr(config, "final_logit_softcapping", None)
+        logits = logits.float() * logit_factor(config)
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @torch.no_grad()
+    def check_logits(self) -> None:
+        """Raises WeftError if these are not the logits of the transformer's own class, on a few of its tokens."""
+        rows = torch.full((1, 8, self.columns), -1)
+        rows[0, :, 0] = torch.arange(8)
+        training = self.transformer.training
+        self.transformer.eval()
+        own = self.vocabulary_logits(self.hidden(rows, torch.ones((1, 8), dtype=torch.long)))
+        wanted = self.transformer(input_ids=rows[..., 0].to(self.device), use_cache=False).logits.float()
+        self.transformer.train(training)
+        apart = float((own - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
+        if not apart < 0.02:
+            name = type(self.transformer).__name__
+            raise WeftError(
+                f"{name} does something to its logits that is not known here (they differ by {apart:.0%} of the "
+                "largest): build the model from another causal LM"
+            )
 
     # -- the rollout's side
 
@@ -112,3 +133,18 @@ class MotionNetwork:
         first = v.first + torch.arange(rows.shape[1], device=rows.device) * v.codes
         codes = rows - first
         return torch.where((codes >= 0) & (codes < v.codes), codes, -1)
+
+
+def logit_factor(config: Any) -> float:
+    """What a causal LM's class multiplies its logits by, after the output embeddings.
+
+    `logit_scale` (Cohere) and `lm_head_multiplier` (Falcon-H1) multiply; `logits_scaling` divides (Granite, MiniCPM3),
+    but multiplies in HyperCLOVA X (transformers' modeling files).
+    """
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if (factor := getattr(config, name, None)) is not None:
+            return float(factor)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1 / float(scaling)
