@@ -246,6 +246,10 @@ def test_a_new_conditioner_fits_starts_empty_and_is_a_function_of_its_seed(folde
     assert one.prepare(one.encode([make_record("a red star")]))["text"].any()
 
 
+def quiet(line):
+    pass
+
+
 def recipe(folders, out, train, **options):
     source = {"call": "weft.world:records", "args": {"count": 6, "tasks": ["edit", "generate"]}}
     args = {"vlm": str(folders[1]), "dtype": "fp32", "resolution": 64, **options}
@@ -279,6 +283,65 @@ def test_trained_queries_keep_the_vlm_and_the_export_opens(folders, tmp_path):
     assert not torch.equal(made.queries, first.queries)
     for a, b in zip(made.transformer.parameters(), first.transformer.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+LORA = {"rank": 2, "alpha": 4, "targets": ["attn.to_q"]}
+
+
+def test_a_lora_and_the_conditioner_beside_it_are_one_export(folders, tmp_path):
+    """It opens with one option, at its strength alone; continues; leaves merged or as it is."""
+    from weft.models.export import export, probe
+    from weft.train import plan, run
+    from weft.train.loop import Trainer
+
+    tree = recipe(folders, tmp_path / "run", ["conditioner", "transformer"])
+    tree["model"]["lora"], tree["optim"] = LORA, {"lr": 0.01}
+    trained = run(tree, say=quiet)
+    options = {"device": "cpu", "resolution": 64, "options": {"vlm": str(folders[1])}}
+    base, made = load(folders[0], **options), load(folders[0], lora=[str(trained.export)], **options)
+    assert made.brought == ["conditioner"] and not torch.equal(made.queries, base.queries)
+    assert any("lora_B" in name and p.any() for name, p in made.transformer.named_parameters())
+    assert (probe(made) - probe(base)).abs().max() > 1e-3
+    with pytest.raises(WeftError, match="its conditioner was trained whole and has no strength: give 1"):
+        load(folders[0], lora=[f"{trained.export}:0.5"], **options)
+    with pytest.raises(WeftError, match="has brought a conditioner already"):
+        load(folders[0], lora=[str(trained.export)] * 2, **options)
+    with pytest.raises(WeftError, match="no LoRA of the transformer, the first is conditioner"):
+        load(tiny_kontext_folder(tmp_path / "sd3"), device="cpu", lora=[str(trained.export)])
+
+    plain = {"device": "cpu", "options": options["options"]}
+    for what in ("model", "lora"):
+        out = export(folders[0], tmp_path / what, lora=[str(trained.export)], what=what, **plain).path
+        again = load(out, **options) if what == "model" else load(folders[0], lora=[str(out)], **options)
+        assert (probe(again) - probe(made)).abs().max() < 1e-5
+
+    tree["model"]["lora"] = LORA | {"start": str(trained.export)}
+    following = Trainer(read_recipe(tree, [f"run.folder={tmp_path / 'next'}"]), {}, quiet)
+    assert torch.equal(following.model.queries, made.queries)  # not those of the base
+    whole = sum(p.numel() for p in made.conditioner.parameters())
+    assert plan(tree).trained == whole + sum(p.numel() for n, p in made.transformer.named_parameters() if "lora_" in n)
+    tree["model"]["train"] = ["conditioner"]
+    with pytest.raises(WeftError, match="model.lora: conditioner trains whole; leave model.lora out"):
+        Trainer(read_recipe(tree), {}, quiet)
+
+
+def test_the_reference_of_a_lora_with_a_conditioner_beside_it_is_the_start(folders, tmp_path):
+    """Without its adapters the network would still have the trained conditioner."""
+    from weft.train.loop import Trainer
+    from weft.types import Score
+
+    tree = recipe(folders, tmp_path, ["conditioner", "transformer"])
+    tree |= {"method": {"name": "nft", "options": {"kl": 0.1}}, "cache": None, "reward": None}
+    tree["rollout"] = {"groups": 2, "group_size": 2, "batch": 4, "steps": 2}
+    tree["model"]["lora"] = LORA
+
+    def reward(batch):
+        return [Score(0.5) for _ in batch]
+
+    assert Trainer(read_recipe(tree), {}, quiet, reward=reward).method.objective.reference == "start"
+    tree["method"]["options"]["reference"] = "off"
+    with pytest.raises(WeftError, match='reference "off"'):
+        Trainer(read_recipe(tree), {}, quiet, reward=reward)
 
 
 # -- folders

@@ -138,13 +138,17 @@ def load_adapter(module: Any, prefix: str, path: Path, *, name: str = "default")
     module.requires_grad_(False).eval()
 
 
-def load_whole(module: nn.Module, prefix: str, path: Path) -> None:
-    """The weights of a module that was trained whole beside a LoRA. Raises WeftError if they do not fit."""
+def load_whole(module: nn.Module, prefix: str, path: Path) -> bool:
+    """Give a module the weights that it was trained to beside a LoRA; False if the file has none of it, because it did
+    not train. Raises WeftError if they do not fit."""
     saved, _ = read_lora(path, prefix)
+    if not saved:
+        return False
     try:
         module.load_state_dict(saved)
     except RuntimeError as error:
         raise WeftError(f"{path}: the weights of {prefix} do not fit ({str(error).splitlines()[0][:200]})") from error
+    return True
 
 
 def start_lora(module: nn.Module, prefix: str, path: Path, *, name: str = "default") -> None:

@@ -179,7 +179,8 @@ def flow_leaver(device: str | None, options: dict[str, Any] | None) -> Leaver:
     def save_one(model: Any, out: Path) -> dict[str, Any]:
         config = model.transformer.peft_config["lora0"]
         fold_strength(model.transformer, "lora0")
-        save_lora({"transformer": model.transformer}, out, name="lora0")
+        parts = {name: model.modules()[name] for name in ("transformer", *model.brought)}
+        save_lora(parts, out, name="lora0")
         return {"rank": config.r, "alpha": config.lora_alpha, "licence": model.licence}
 
     def open_(folder: str | Path, lora: Loras) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from weft.errors import WeftError
+from weft.models.adapt import load_whole
 from weft.models.routing import ROUTES
 from weft.models.weights import _guard, from_hub, is_hub_id
 
@@ -37,18 +38,20 @@ CONVERTERS = {
 """diffusers' classes that know other trainers' keys for a transformer."""
 
 
-def load_lora(transformer: Any, path: Path, name: str) -> None:
+def load_lora(transformer: Any, path: Path, name: str, beside: Sequence[str] = ()) -> None:
     """Add a LoRA (a safetensors file, or a folder with one) as adapter `name`, at the strength of its file.
 
     diffusers' and peft's layouts, those of other trainers as far as diffusers converts them for this transformer, and
     a training checkpoint of Edit-R1 (its `lora` inside). How strongly it then acts is set by
-    `transformer.set_adapters(names, weights)`. Weights for text encoders are left out, with a warning. Raises WeftError
-    if there is no such file, it was made for another transformer, or holds more than a LoRA.
+    `transformer.set_adapters(names, weights)`. Weights for text encoders are left out, with a warning. Weights of the
+    parts `beside` are not the transformer's, and left to the caller. Raises WeftError if there is no such file, it was
+    made for another transformer, or holds more than a LoRA.
     """
     import safetensors.torch
 
     file = lora_file(path)
     found = _guard(file, lambda: safetensors.torch.load_file(file))
+    found = {key: value for key, value in found.items() if key.partition(".")[0] not in beside}
     state = _plain(found)
     layers = {layer for layer, _ in transformer.named_modules()}
     if not any(key.partition(".lora_")[0] in layers for key in state):
@@ -224,15 +227,27 @@ def split_weight(item: str | tuple[str, float]) -> tuple[Path, float]:
 
 
 def add_loras(model: Any, lora: Sequence[str | tuple[str, float]]) -> None:
-    """Load LoRAs that are always on; they add up."""
+    """Load LoRAs that are always on; they add up. A part that was trained whole beside one comes with it."""
     names, weights = [], []
     for k, item in enumerate(lora):
         path, weight = split_weight(item)
         names.append(f"lora{k}")
         weights.append(weight)
-        load_lora(model.transformer, path, names[-1])
+        load_lora(model.transformer, path, names[-1], model.whole)
+        _bring(model, lora_file(path), weight)
     if names:
         model.transformer.set_adapters(names, weights)
+
+
+def _bring(model: Any, file: Path, weight: float) -> None:
+    """Replace the parts that were trained whole beside a LoRA. Raises WeftError for what cannot be added up."""
+    for part in model.whole:
+        if load_whole(model.modules()[part], part, file):
+            if weight != 1:
+                raise WeftError(f"{file}: weight {weight:g}; its {part} was trained whole and has no strength: give 1")
+            if part in model.brought:
+                raise WeftError(f"{file}: another LoRA has brought a {part} already; give one of the two")
+            model.brought.append(part)
 
 
 def lora_names(adapters: str | Path | Mapping[str, str] | None, lora: Sequence[str | tuple[str, float]]) -> list[Path]:

@@ -43,7 +43,8 @@ class Setting:
 
     @property
     def lora(self) -> bool:
-        return self.recipe.model.lora is not None
+        """Whether nothing but a LoRA trains, so that the network without it is what it started from."""
+        return all(hasattr(module, "peft_config") for module in self.trained.values())
 
     @property
     def rollout(self) -> Any:

@@ -101,7 +101,7 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     lora = config.model.lora
     if lora is not None:
-        for name in names:
+        for name in (name for name in names if name not in nets.whole):
             with torch.device("meta"):
                 add_lora(modules[name], rank=lora.rank, alpha=lora.alpha, targets=lora.targets, init=lora.init)
     trained = {f"{n}.{k}": p for n in names for k, p in modules[n].named_parameters() if p.requires_grad}
@@ -113,7 +113,7 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     backward = (1 if lora is not None else 2) + (1 if _recomputes(config) else 0)
     epoch: EpochPlan | None = None
     if config.rollout is not None:
-        epoch = epoch_plan(config, _records(config))
+        epoch = epoch_plan(config, _records(config), lora is not None and not set(names) & set(nets.whole))
         samples, forwards = epoch.epochs * epoch.samples, epoch.epochs * epoch.calls
         flops, what = epoch.epochs * epoch.passes(backward) * stages[0].flops, "operations of rollouts and updates"
         tokens = epoch.epochs * epoch.passes(0) * stages[0].tokens

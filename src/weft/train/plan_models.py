@@ -18,6 +18,7 @@ from torch import nn
 from weft.errors import WeftError
 from weft.models.image.connector import StableDiffusion3Conditioner
 from weft.models.image.flux_kontext import FluxOptions
+from weft.models.image.metaquery import UniPic2MetaQuery
 from weft.models.image.metaquery_parts import RELEASED_CONNECTOR
 from weft.models.image.qwen_image_edit import QwenOptions
 from weft.models.load import family_of, find_model
@@ -86,7 +87,7 @@ class Networks:
     """A model on the meta device: its `modules`; the edge of its pictures in pixels, `multiple` pixels to a token;
     `text(pictures)`, the text tokens of a sample; and `flops(cells, pictures)`, the operations of one forward of all
     that a training step runs, for picture tokens `cells` in all. `width` and `layers` are of what holds activations.
-    Without `flops` nothing but the sizes is known."""
+    Without `flops` nothing but the sizes is known. `whole`: modules that train whole also beside a LoRA."""
 
     modules: dict[str, nn.Module]
     resolution: int = 0
@@ -95,6 +96,7 @@ class Networks:
     layers: int = 0
     text: Callable[[float], float] = lambda pictures: 0.0
     flops: Callable[[float, float], float] | None = None
+    whole: tuple[str, ...] = ()
 
 
 def networks(config: Recipe, assumed: list[str]) -> Networks:
@@ -107,7 +109,8 @@ def networks(config: Recipe, assumed: list[str]) -> Networks:
     elif config.trainable == REWRITER:
         found = _rewriter(config)
     elif config.trainable is not None:
-        return Networks(make_trainable(config, torch.device("cpu")).modules())
+        made = make_trainable(config, torch.device("cpu"))
+        return Networks(made.modules(), whole=getattr(made, "whole", ()))
     else:
         found = _flow(config)
     for module in found.modules.values():
@@ -190,6 +193,7 @@ def _metaquery(config: Recipe, assumed: list[str]) -> Networks:
         lambda cells, pictures: (
             operations(cells) + connector + language * (queries + WORDS + shown * pictures)
         ),
+        UniPic2MetaQuery.whole,
     )  # fmt: skip
 
 

@@ -41,14 +41,15 @@ class EpochPlan:
         ]
 
 
-def epoch_plan(config: Recipe, records: int | None) -> EpochPlan:
+def epoch_plan(config: Recipe, records: int | None, lora: bool) -> EpochPlan:
     """The counts of a recipe with rollouts. `records`: how many requests the data hold, None if they are not here.
+    `lora`: whether nothing else trains.
     Raises WeftError for a geometry that cannot be, and for a method whose cost is not known."""
     rollout = config.rollout
     assert rollout is not None
     micro = config.run.batch_size
     check_geometry(rollout, micro, 1, rollout.groups if records is None else records)
-    cost = _cost(config, rollout)
+    cost = _cost(config, rollout, lora)
     guided = rollout.guidance > 1
     uses = rollout.samples * rollout.inner_epochs  # every sample once in every inner epoch
     graded = uses * cost.levels
@@ -64,14 +65,14 @@ def epoch_plan(config: Recipe, records: int | None) -> EpochPlan:
     return EpochPlan(epochs, rollout.samples, sampled, graded, plain, calls, scorers, batches, cost.copies)
 
 
-def _cost(config: Recipe, rollout: RolloutRecipe) -> Cost:
+def _cost(config: Recipe, rollout: RolloutRecipe, lora: bool) -> Cost:
     from weft.train import grpo, nft
 
     known = {"nft": nft.cost, "grpo": grpo.cost}
     name, options = config.method.name, config.method.options
     if name not in known:
         raise WeftError(f"plan knows what a rollout costs with {' and '.join(known)}, not with method {name}")
-    cost = known[name](options, rollout, config.model.lora is not None)
+    cost = known[name](options, rollout, lora)
     if cost.levels < 1:
         fraction = options.get("timestep_fraction")
         raise WeftError(f"method.options.timestep_fraction {fraction} of {rollout.steps} steps is none")

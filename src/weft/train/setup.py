@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from weft.errors import WeftError
-from weft.models.adapt import add_lora, start_lora
+from weft.models.adapt import add_lora, load_whole, start_lora
 from weft.rng import seed_of
 from weft.train.config import Recipe, load_object, nearest
 from weft.types import Trainable
@@ -65,7 +65,9 @@ def choose_modules(recipe: Recipe, trainable: Trainable) -> dict[str, nn.Module]
             raise WeftError(f'model.train: the model has no module "{name}"; {nearest(name, list(modules))}')
     trained = {name: modules[name] for name in names}
     rows = trainable.new_rows() if hasattr(trainable, "new_rows") else {}
-    whole = getattr(trainable, "whole", ())  # modules too small for a LoRA
+    whole = getattr(trainable, "whole", ())  # modules that train whole also beside a LoRA
+    if recipe.model.lora is not None and names and set(names) <= set(whole):
+        raise WeftError(f"model.lora: {', '.join(names)} trains whole; leave model.lora out, or train a module with it")
     for name, module in modules.items():
         if name not in trained:
             module.requires_grad_(False).eval()
@@ -88,6 +90,8 @@ def choose_modules(recipe: Recipe, trainable: Trainable) -> dict[str, nn.Module]
             if recipe.trainable is None:
                 module.requires_grad_(True)
             module.float()
+            if lora is not None and lora.start is not None:
+                load_whole(module, name, Path(lora.start))
         module.train()
         if recipe.model.gradient_checkpointing:
             _enable_checkpointing(name, module)

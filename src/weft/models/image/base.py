@@ -56,6 +56,8 @@ class ImageFlow(ABC):
     """Which pictures `states` gets: the "raw" ones, or the "inputs" at the size they are encoded at."""
     resident: ClassVar[tuple[str, ...]] = ()
     """Parts whose parameters are read outside their forward: never offloaded layer by layer."""
+    whole: ClassVar[tuple[str, ...]] = ()
+    """Parts that train whole also beside a LoRA, and lie in its file."""
     text_tensors: ClassVar[tuple[str, ...]] = ("text", "pooled")
     """The tensors of a condition that a cache may hold in 16 bits."""
     steps, guidance = 28, 3.5
@@ -83,6 +85,7 @@ class ImageFlow(ABC):
         self.loss_config = loss_config or flow.FlowLossConfig()
         self.licence = licence
         self.card: dict[str, Any] = {}  # what the folder's weft.json said
+        self.brought: list[str] = []  # parts of `whole` that a LoRA's file has replaced
         self._device = torch.device(device) if device is not None else None  # where offloaded modules run
         self._empty: dict[str, Tensor] | None = None
 

@@ -80,14 +80,16 @@ class UniPic2MetaQuery(UniPic2Kontext):
     """A `weft.types.FlowModel` over `transformer`, `vae`, `scheduler`, `conditioner`, `vlm` and its `processor`.
 
     What trains is a matter of the recipe (the report's table 3): `conditioner`, `transformer` or both; the VLM stays
-    as it is. While the queries are frozen, the VLM's states at their places are part of a condition, so a cache holds
-    them; while they train, the condition holds what they read. `gradient_checkpointing`: recompute activations also
-    in networks that do not train, because the gradient of the queries passes through them.
+    as it is. A LoRA is the transformer's: the conditioner trains whole beside it. While the queries are frozen, the
+    VLM's states at their places are part of a condition, so a cache holds them; while they train, the condition holds
+    what they read. `gradient_checkpointing`: recompute activations also in networks that do not train, because the
+    gradient of the queries passes through them.
     """
 
     name = "metaquery"
     sees: str = "inputs"
     resident: ClassVar[tuple[str, ...]] = ("conditioner",)  # its queries are read beside its forward
+    whole: ClassVar[tuple[str, ...]] = ("conditioner",)
     text_tensors: ClassVar[tuple[str, ...]] = ("states", "visual")
     optional_parts: ClassVar[tuple[str, ...]] = (
         *("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
