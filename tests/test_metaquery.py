@@ -403,3 +403,22 @@ def test_the_vlm_answers_questions_with_its_own_weights(model):
     text = model.describe([picture(64, 64)], "what is it?", max_tokens=4)
     own = tiny_qwen()
     assert text and all(torch.equal(a, b) for a, b in zip(own.parameters(), model.vlm.parameters(), strict=True))
+
+
+def test_describe_takes_a_metaquery_folder_and_a_release_says_what_to_give(folders, model, tmp_path, capsys):
+    """A release neither holds nor names its VLM, and `describe` has no --option to name it with."""
+    from weft.cli.main import main
+
+    picture(64, 64).save(tmp_path / "a.png")
+    ask = ["describe", str(tmp_path / "a.png"), "what is it?", "--max-tokens", "4", "--device", "cpu"]
+    answers = []
+    model.save(tmp_path / "saved")  # its weft.json names the VLM
+    for option, folder in (("--vlm", tmp_path / "saved"), ("--model", tmp_path / "saved"), ("--vlm", folders[1])):
+        assert main([*ask, option, str(folder)]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0].strip() and len(set(answers)) == 1
+    assert main([*ask, "--model", str(folders[0])]) != 0
+    said = capsys.readouterr().err
+    assert "give the VLM's own folder or hub id in its place" in said and "--option" not in said
+    assert main([*ask, "--model", str(folders[0]), "--vlm", str(folders[1])]) != 0
+    assert "--model does nothing for pictures with --vlm" in capsys.readouterr().err

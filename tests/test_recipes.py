@@ -13,6 +13,7 @@ from tiny import tiny_flux_folder, tiny_kontext_folder, tiny_qwen_edit_folder
 from tiny_metaquery import tiny_metaquery_folder
 from tiny_motion import tiny_motion_folder
 from weft.train import read_recipe
+from weft.train.chain import is_chain
 from weft.train.loop import Trainer
 from weft.train.sizes import stage_sizes
 from weft.types import Score
@@ -133,9 +134,10 @@ def test_two_steps(path, folders, tmp_path):
         assert (tmp_path / "export" / "training.json").is_file()
 
 
-def test_only_the_description_of_the_tiny_model_is_not_a_training():
-    others = [path.name for path in FILES if path not in RECIPES]
+def test_only_descriptions_of_tiny_models_and_lists_of_runs_are_not_a_training():
+    others = [path.name for path in FILES if path not in RECIPES and not is_chain(path)]
     assert all(name == "omni.yaml" or name.endswith("model.yaml") for name in others), others
+    assert [path.name for path in FILES if is_chain(path)] == ["joint.yaml"]  # tests/test_chain.py
 
 
 def test_the_published_numbers_of_stage_b():

@@ -28,7 +28,7 @@ class Describe:
     also: Annotated[list[Path], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE")] = field(default_factory=list)
     """A further picture; can be repeated."""
     model: Text = None
-    """The motion model that describes movements; default: tiny-motion."""
+    """The motion model that describes movements; default: tiny-motion. For pictures the same as --vlm."""
     lora: Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH")] = field(default_factory=list)
     """Its adapter, as `weft train` exports it."""
     vlm: Annotated[str | None, tyro.conf.arg(metavar="FOLDER|URL", help_behavior_hint="")] = None
@@ -67,14 +67,18 @@ class Describe:
         from weft.record import Turn, image_part, text_part
         from weft.vlm.ask import Ask
 
-        if self.vlm is None:
+        where = self.vlm or self.model
+        if where is None:
             raise WeftError("pictures need --vlm: a folder, a hub id, or the address of an OpenAI-compatible server")
-        refuse(self, ("file", "question", "also", "vlm", "vlm_model", "key_env", "device", "dtype", "max_tokens"),
-               "for pictures")  # fmt: skip
+        allowed = ("file", "question", "also", "vlm", "vlm_model", "key_env", "device", "dtype", "max_tokens")
+        if self.vlm is None:
+            refuse(self, (*allowed, "model"), "for pictures")
+        else:
+            refuse(self, allowed, "for pictures with --vlm")
         parts = [image_part(path.absolute()) for path in (self.file, *self.also)]
-        vlm = open_vlm(self.vlm, model=self.vlm_model, key_env=self.key_env, device=self.device, dtype=self.dtype)
+        vlm = open_vlm(where, model=self.vlm_model, key_env=self.key_env, device=self.device, dtype=self.dtype)
         question = text_part(self.question or QUESTION)
         (reply,) = vlm.ask([[Turn("user", [*parts, question])]], Ask(max_tokens=self.max_tokens, top=0))
         if reply.error is not None:
-            raise WeftError(f"{self.vlm} did not answer: {reply.error}")
+            raise WeftError(f"{where} did not answer: {reply.error}")
         return reply.text.strip()

@@ -26,22 +26,28 @@ class Train:
     overrides: Positional[Overrides] = ()
     """Values that replace the recipe's."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FOLDER", help_behavior_hint="")] = None
-    """The folder of the run; the same as run.folder=OUT."""
+    """The folder of the run; the same as run.folder=OUT (of a recipe that lists several runs, folder=OUT)."""
     evaluate: Annotated[Literal["world", "motion-world"] | None, QUIET] = None
     """Measure success on the embedded world, of pictures or movements, every run.evaluate_every steps."""
 
     def run(self) -> int:
         path = find_recipe(self.recipe)
-        overrides = [*self.overrides, *([f"run.folder={json.dumps(str(self.out))}"] if self.out else [])]
         from weft.evals.motion_world import motion_world_evaluator
         from weft.evals.world import world_evaluator
-        from weft.train import run
+        from weft.train import run, run_chain
+        from weft.train.chain import is_chain
 
         evaluators: dict[str, Any] = {}
         if self.evaluate:
             evaluators[self.evaluate] = world_evaluator() if self.evaluate == "world" else motion_world_evaluator()
-        result = run(path, overrides, evaluators=evaluators or None)
-        print(result.export or result.folder)
+        if is_chain(path):
+            overrides = [*self.overrides, *([f"folder={self.out}"] if self.out else [])]
+            results = run_chain(path, overrides, evaluators=evaluators or None)
+        else:
+            overrides = [*self.overrides, *([f"run.folder={json.dumps(str(self.out))}"] if self.out else [])]
+            results = [run(path, overrides, evaluators=evaluators or None)]
+        for result in results:
+            print(result.export or result.folder)
         return 0
 
 
@@ -57,6 +63,7 @@ class Plan:
     def run(self) -> int:
         path = find_recipe(self.recipe)
         from weft.train import plan
+        from weft.train.chain import chain_plan, is_chain
 
-        print(plan(path, list(self.overrides)))
+        print(chain_plan(path, self.overrides) if is_chain(path) else plan(path, list(self.overrides)))
         return 0

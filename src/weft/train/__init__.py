@@ -1,4 +1,5 @@
-"""Training: `run(recipe)` trains anything that implements `weft.types.Trainable`; `plan(recipe)` says what it costs.
+"""Training: `run(recipe)` trains anything that implements `weft.types.Trainable`; `plan(recipe)` says what it costs;
+`run_chain(file)` trains the runs that a file lists.
 
 The room itself can be called: `weft.train("recipe.yaml", reward=...)` is `weft.train.run(...)`.
 """
@@ -9,12 +10,13 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from weft.train.chain import run_chain
 from weft.train.config import Recipe, read_recipe
 from weft.train.loop import RunResult, run
 from weft.train.plan import Plan, plan
 from weft.train.preempt import Preempted
 
-__all__ = ["Plan", "Preempted", "Recipe", "RunResult", "plan", "read_recipe", "run"]
+__all__ = ["Plan", "Preempted", "Recipe", "RunResult", "plan", "read_recipe", "run", "run_chain"]
 
 
 class _Room(ModuleType):

@@ -303,7 +303,14 @@ def read_recipe(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
         return check(recipe, "recipe")
     if isinstance(recipe, dict):
         return check(build(Recipe, override(recipe, overrides), ""), "recipe")
-    path = Path(recipe)
+    tree = read_tree(Path(recipe))
+    if "runs" in tree:
+        raise WeftError(f"{recipe}: lists several runs; start it with weft train, or weft.train.run_chain")
+    return check(build(Recipe, override(tree, overrides), "", str(recipe)), str(recipe))
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises WeftError."""
     if not path.is_file():
         raise WeftError(f"recipe {path} does not exist")
     try:
@@ -312,7 +319,7 @@ def read_recipe(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
         raise WeftError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise WeftError(f"{path}: a recipe is a mapping, found {type(tree).__name__}")
-    return check(build(Recipe, override(tree, overrides), "", str(path)), str(path))
+    return tree
 
 
 def check(recipe: Recipe, file: str) -> Recipe:

@@ -32,23 +32,23 @@ def run_stages(
     evaluators: dict[str, Evaluator] | None = None,
     rewards: Sequence[Any] | None = None,
     say: Callable[[str], None] = print,
+    continues: bool = True,
 ) -> list[RunResult]:
     """Train the stages in order and return their results; `overrides` go to all of them.
 
-    From the second one on, a stage starts from the export before it: its `model.path`, or with LoRA its
-    `model.lora.start` (the base stays, and with it a reference of "off"). All `evaluators` (None: those of
-    `held_out_rewards`) are called at the end of every stage and their numbers written to `stages.json` beside the run
-    folders. `rewards` are those of `run`, one per stage. A stage that is complete is not repeated. Raises WeftError if
-    the stages do not fit together.
+    If it `continues`, a stage starts from the export before it: its `model.path`, or with LoRA its `model.lora.start`
+    (the base stays, and with it a reference of "off"). All `evaluators` (None: those of `held_out_rewards`) are called
+    at the end of every stage and their numbers written to `stages.json` beside the run folders. `rewards` are those of
+    `run`, one per stage. A stage that is complete is not repeated. Raises WeftError if the stages do not fit together.
     """
     configs = [read_recipe(recipe, overrides) for recipe in recipes]
-    check_stages(configs, rewards)
+    check_stages(configs, rewards, continues)
     if evaluators is None:
         evaluators = held_out_rewards(configs, rewards)
     results: list[RunResult] = []
     table: list[dict[str, Any]] = []
     for number, config in enumerate(configs):
-        if results:
+        if results and continues:
             config = continued(config, configs[number - 1], results[-1])
         if evaluators and not config.run.evaluate_every:
             config.run.evaluate_every = config.run.steps
@@ -89,7 +89,7 @@ def _held_out(config: Recipe, grid: GridRecipe, reward: Any) -> Evaluator:
     return measure
 
 
-def check_stages(configs: Sequence[Recipe], rewards: Sequence[Any] | None) -> None:
+def check_stages(configs: Sequence[Recipe], rewards: Sequence[Any] | None, continues: bool = True) -> None:
     """Raises WeftError for stages that cannot follow one another."""
     if rewards is not None and len(rewards) != len(configs):
         raise WeftError(f"{len(rewards)} rewards for {len(configs)} stages; give one for each (None: the recipe's)")
@@ -97,6 +97,8 @@ def check_stages(configs: Sequence[Recipe], rewards: Sequence[Any] | None) -> No
     for i, (config, folder) in enumerate(zip(configs, folders, strict=True), 1):
         if folder in folders[: i - 1]:
             raise WeftError(f"stage {i} has the run.folder {config.run.folder} of an earlier one; give each its own")
+        if not continues:
+            continue
         if i > 1 and (config.model.lora is None) != (configs[0].model.lora is None):
             raise WeftError(f"stage {i}: all stages train a LoRA, or all train full weights")
         if i < len(configs) and not config.run.export:
