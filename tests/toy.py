@@ -52,6 +52,9 @@ class Toy:
         return {"net": self.net, "encoder": self.encoder}
 
     def examples(self, records: Sequence[Record]) -> list[Example]:
+        for record in records:
+            if record.source is not None:
+                record.load(record.source)
         self.encoded += len(records)
         return [{"x": self.encoder(torch.tensor(r.meta["x"]))} for r in records]
 
@@ -74,10 +77,18 @@ class Plain(Toy):
         self.net.counts = False
 
 
-def numbers(count: int = 20, start: float = 0.0, task: str = "edit", bad: int = -1) -> list[Record]:
-    """Records of four numbers each; record `bad` holds a NaN."""
+def numbers(
+    count: int = 20,
+    start: float = 0.0,
+    task: str = "edit",
+    bad: int = -1,
+    broken: Sequence[int] = (),
+    picture: str = "",
+) -> list[Record]:
+    """Records of four numbers each; record `bad` holds a NaN, the `broken` ones have the source `picture`."""
     records = []
     for i in range(count):
         x = [start + i / count, 1.0, -0.5, float("nan") if i == bad else i % 3 / 3]
-        records.append(make_record(f"number {i}", task=task, id=f"{task}-{i}", meta={"x": x}))
+        source = picture if i in broken else None
+        records.append(make_record(f"number {i}", source, task=task, id=f"{task}-{i}", meta={"x": x}))
     return records

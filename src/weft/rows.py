@@ -7,14 +7,37 @@ from __future__ import annotations
 
 import difflib
 import shutil
+from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from weft.errors import WeftError
 from weft.parts import PART_ROLES, TURN_ROLES, TYPES, Part, Turn, relative_path, short
 
+if TYPE_CHECKING:
+    from weft.record import Record
+
 SCHEMA = 1
 ROW_KEYS = ("schema", "id", "task", "turns", "meta")
+
+
+class Lazy(Sequence["Record"]):
+    """Records that are made when they are asked for: `__len__` of them, number k by `_record(k)`."""
+
+    @abstractmethod
+    def _record(self, k: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, i: int) -> Record: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Record]: ...
+    def __getitem__(self, i: int | slice) -> Record | list[Record]:
+        if isinstance(i, slice):
+            return [self._record(k) for k in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        return self._record(i if i >= 0 else i + len(self))
 
 
 def parse_row(row: Any) -> tuple[str, str, list[Turn], dict[str, Any]]:

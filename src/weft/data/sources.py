@@ -16,9 +16,10 @@ from typing import Any, overload
 
 from weft.data.columns import convert, fields_of
 from weft.data.folder import folder_records
+from weft.data.index import indexed, lines, parse
 from weft.data.shards import Row, Rows, parquet_rows, shard_rows
 from weft.errors import WeftError
-from weft.record import Record, read_records, relative_path
+from weft.record import Record, record_from_dict, relative_path
 
 MAX_FAULTS = 0.02  # of all rows: above it, something is wrong with the whole, not with a row
 _OPTIONS = {
@@ -56,10 +57,10 @@ class SourceConfig:
 
 
 class Source(Sequence[Record]):
-    """Records in memory (their pictures on disk); `rows` counts what was read, `faults` says what was skipped, `notes`
-    what else one should know."""
+    """Records in memory (their pictures on disk), or of JSONL in the file; `rows` counts what was read, `faults` says
+    what was skipped, `notes` what else one should know."""
 
-    def __init__(self, records: list[Record], faults: list[str], notes: Sequence[str] = ()) -> None:
+    def __init__(self, records: Sequence[Record], faults: list[str], notes: Sequence[str] = ()) -> None:
         self.records, self.faults, self.notes = records, faults, notes
         self.rows = len(records) + len(faults)
 
@@ -107,10 +108,13 @@ def read_source(config: SourceConfig) -> Source:
     if config.kind == "jsonl" and not config.map and _is_weft(path):
         if extra := set(config.options) - {"max_faults"}:
             raise WeftError(f"source option '{extra.pop()}': {path} holds weft's own records, which need none")
-        records = list(itertools.islice(read_records(path, faults), config.limit))
-        for record in records:
+
+        def own(item: Any, count: int) -> Record:
+            record = record_from_dict(item, path.parent)
             record.task = config.task or record.task
-        return Source(records, faults)
+            return record
+
+        return _indexed(config, own, "ids must differ")
     if config.kind == "folder":
         if config.map:
             raise WeftError(f"map: {path} is a folder of pictures, which has no columns: remove the map")
@@ -124,12 +128,34 @@ def read_source(config: SourceConfig) -> Source:
         return Source([replace(record, task=config.task or record.task) for record in found], faults, notes)
     if config.kind == "jsonl":
         root = path.parent / relative_path(str(config.options.get("root", ".")), "root")
-        rows, media = _json_rows(path, config.options.get("downloads")), root
-        return Source(list(_converted(rows, config, media, faults)), faults)
+        downloads = config.options.get("downloads")
+        if path.suffix == ".json":
+            return Source(list(_converted(_json_rows(path, downloads), config, root, faults)), faults)
+        first = next((row for _, row in _json_rows(path, downloads) if not isinstance(row, WeftError)), None)
+        fields = {} if first is None else fields_of(first, config.map, config.path)
+
+        def foreign(item: Any, count: int) -> Record:
+            row = _row(item, downloads)
+            if isinstance(row, WeftError):
+                raise row
+            return convert(row, fields, _name(config, count), root, config.task)
+
+        return _indexed(config, foreign, "map another column, or id=")
     reader = {"parquet": parquet_rows, "webdataset": shard_rows}[config.kind]
     suffixes = (".parquet",) if config.kind == "parquet" else (".tar",)
     rows = itertools.chain.from_iterable(reader(file) for file in _files(path, suffixes))
     return Source(list(_converted(rows, config, None, faults)), faults)
+
+
+def _indexed(config: SourceConfig, make: Callable[[Any, int], Record], ids: str) -> Source:
+    facts = [config.map, config.task, {k: str(v) for k, v in config.options.items() if k != "max_faults"}]
+    notes: list[str] = []
+    records = indexed(Path(config.path), make, json.dumps(facts, sort_keys=True), config.limit, ids, notes)
+    return Source(records, records.faults, notes)
+
+
+def _name(config: SourceConfig, count: int) -> str:
+    return f"{Path(config.path).stem}-{count:07d}"
 
 
 def refuse_faults(faults: Sequence[str], rows: int, limit: float, name: str) -> None:
@@ -184,7 +210,7 @@ def _converted(rows: Rows, config: SourceConfig, root: Path | None, faults: list
             faults.append(f"{where}: {error}")
             continue
         try:
-            record = convert(row, fields, f"{Path(config.path).stem}-{count:07d}", root, config.task)
+            record = convert(row, fields, _name(config, count), root, config.task)
             if record.id in seen:
                 raise WeftError(f"id: '{record.id}' stands at {seen[record.id]} too: map another column, or id=")
         except WeftError as error:
@@ -230,18 +256,11 @@ def _json_rows(path: Path, downloads: str | None) -> Rows:
             raise WeftError(f"{path}: not a JSON list: write one, or JSONL with one object a line")
         yield from ((f"{path}[{k}]", _row(item, downloads)) for k, item in enumerate(items))
         return
-    with path.open("rb") as handle:
-        for number, line in enumerate(handle, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            try:
-                item = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield f"{path}:{number}", WeftError(f"row: not JSON ({error}): write one object a line")
-                continue
-            yield f"{path}:{number}", _row(item, downloads)
+    for number, _, line in lines(path):
+        try:
+            yield f"{path}:{number}", _row(parse(line), downloads)
+        except WeftError as error:
+            yield f"{path}:{number}", error
 
 
 def _row(item: Any, downloads: str | None) -> Row | WeftError:

@@ -18,12 +18,12 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from weft.errors import WeftError
 from weft.record import Part, Record, Turn, image_part, text_part
 from weft.rng import numpy_rng
+from weft.rows import Lazy
 from weft.types import Score
 from weft.world import World
 from weft.world import records as world_records
 from weft.world.corrupt import corruptions
 from weft.world.edits import Op, apply, propose
-from weft.world.endless import Lazy
 from weft.world.oracle import ATTRIBUTES, GLOBALS, Verdict, compare, judge, scenes
 from weft.world.phrases import canonical_thing, look_of
 from weft.world.render import render

@@ -19,9 +19,9 @@ from weft.errors import WeftError
 from weft.record import Part, Record, Turn, image_part, read_records
 from weft.reward.graded import MAKERS, WEIGHTS, attempt
 from weft.rng import numpy_rng
+from weft.rows import Lazy
 from weft.world import World
 from weft.world import records as world_records
-from weft.world.endless import Lazy
 
 
 def candidates(record: Record, key: str = "grade") -> tuple[list[Part], list[float]]:

@@ -26,7 +26,7 @@ TEMPORARY = ".writing-"
 FREE = {
     "run.folder", "run.checkpoint_every", "run.keep", "run.log_every", "run.validate_every", "run.grid_every",
     "run.evaluate_every", "run.threads", "run.device", "run.export", "run.allow_changes", "run.trackers", "run.compile",
-    "run.prefetch",
+    "run.prefetch", "run.max_faults",
     "rollout.workers", "rollout.patience", "reward.alarm",
 }  # fmt: skip
 FREE_SECTIONS = ("validate", "grid", "cache", "plan")

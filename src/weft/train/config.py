@@ -149,6 +149,7 @@ class RunRecipe:
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
     threads: int | None = None
+    max_faults: float = 0.02  # share of a source's records that are skipped if they cannot be used (broken pictures)
     prefetch: bool = False  # make the next batch in a thread while this one trains (without a cache)
     compile: bool = False
     export: bool = True
@@ -340,6 +341,7 @@ def check(recipe: Recipe, file: str) -> Recipe:
     need(recipe.model.path is not None or recipe.trainable is not None, "model.path: name a model folder")
     for name in ("steps", "batch_size", "accumulate", "keep", "log_every", "checkpoint_every"):
         need(getattr(run, name) > 0, f"run.{name}: {getattr(run, name)} must be positive")
+    need(0 <= run.max_faults <= 1, f"run.max_faults: {run.max_faults} is not a share: give a number from 0 to 1")
     for i, item in enumerate(recipe.data):
         need(item.weight > 0, f"data[{i}].weight: {item.weight} must be positive; remove the source instead")
         source(item.source, f"data[{i}].source")

@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +25,13 @@ from weft.data.sampler import Sampler, Span
 from weft.errors import WeftError
 from weft.record import Record
 from weft.train.config import Recipe, SourceRecipe, StageRecipe, load_object, nearest
+from weft.train.digests import code_digest, content_digest, fingerprint
 from weft.train.parallel import Processes
-from weft.train.sizes import Size, nearest_size, picture_size, sized, stage_sizes
+from weft.train.sizes import Size, SizeTable, nearest_size, sized, stage_sizes
+from weft.train.unusable import Row, Unusable
 from weft.types import Condition, Example, Trainable
-from weft.vlm.processor import Processor
 
+Placed = tuple[Row, Record]
 LOOK_AT = 10_000  # records of a source that are read before the first step, for `Feed.notes`
 
 
@@ -51,74 +53,13 @@ def open_source(config: SourceRecipe) -> Sequence[Record]:
     return records[: config.limit] if config.limit is not None and len(records) > config.limit else records
 
 
-def content_digest(record: Record) -> str:
-    """A digest of everything in a record that its example may depend on: task, roles, texts, media."""
-    turns = [
-        [t.role, [[p.type, p.role, p.text if p.type == "text" else p.digest(record.root)] for p in t.parts]]
-        for t in record.turns
-    ]
-    # a canonical sentence or any other label in meta can be a training target, so meta counts
-    meta = {k: v for k, v in record.meta.items() if k != "world"}
-    return hashlib.sha256(json.dumps([record.task, turns, meta], sort_keys=True, default=str).encode()).hexdigest()
-
-
-def fingerprint(trainable: Trainable, trained: Iterable[str], args: dict[str, Any]) -> str:
-    """A digest of the frozen modules' weights and of what else decides about an example: class and arguments."""
-    digest = hashlib.sha256()
-    kind = type(trainable)
-    digest.update(json.dumps([kind.__module__, kind.__qualname__, args], sort_keys=True, default=str).encode())
-    facts: dict[str, Any] = {name: getattr(trainable, name, None) for name in ("resolution", "options")}
-    if hasattr(trainable, "example_facts"):
-        facts |= trainable.example_facts()
-    facts |= {name: part_facts(part) for name, part in sorted(getattr(trainable, "parts", {}).items())}
-    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    trained = set(trained)
-    for name, module in sorted(trainable.modules().items()):
-        if name in trained:
-            continue
-        for key, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{name}.{key}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def part_facts(part: Any) -> Any:
-    """What a part is besides its weights, the same for a released folder and for one that weft saved of it.
-
-    Private keys of a configuration are left out: where it was read, by which version it was written, and which
-    arguments its file left to their defaults (diffusers lists them in another order in every process).
-    """
-    if isinstance(part, Processor):
-        return [part_facts(part.tokenizer), part_facts(part.images), part.template]
-    if hasattr(part, "get_vocab"):  # a tokenizer
-        return [part.model_max_length, sorted(part.get_vocab().items())]
-    config = getattr(part, "config", part)
-    config = config.to_dict() if hasattr(config, "to_dict") else config
-    facts = dict(config) if isinstance(config, Mapping) else {}
-    kept = {k: v for k, v in facts.items() if not k.startswith("_") and k != "architectures"}
-    return kept | {"class": type(part).__qualname__}
-
-
-def code_digest(dotted: str) -> str:
-    """A digest of the Python files beside the module of a callable: generated data change when they do."""
-    module_name = dotted.rpartition(":")[0]
-    if module_name.endswith(".py"):
-        return hashlib.sha256(Path(module_name).read_bytes()).hexdigest()
-    import importlib
-
-    file = importlib.import_module(module_name).__file__
-    digest = hashlib.sha256()
-    for path in sorted(Path(file).parent.glob("*.py")) if file else []:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 @dataclass(slots=True)
 class Fed:
     """This process's examples of one optimiser step with their record ids (unique within the step).
 
     `count` examples make the whole step over all processes, `micro` of them one micro-batch; `pieces` are the lengths
-    of the micro-batches where they differ. `group` and `metrics` are for the log.
+    of the micro-batches where they differ. `group` and `metrics` are for the log. `faults` are this process's samples
+    that are left out (`count` has them until all processes agree), `error` is why there is no batch at all.
     """
 
     group: str
@@ -128,6 +69,8 @@ class Fed:
     micro: int
     pieces: list[int] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    faults: list[tuple[Row, str]] = field(default_factory=list)
+    error: Exception | None = None
 
     def cut(self) -> Iterator[tuple[list[Any], list[str]]]:
         """The micro-batches and their ids."""
@@ -135,7 +78,8 @@ class Fed:
         lengths = self.pieces if self.pieces is not None else [self.micro] * len(starts)
         start = 0
         for length in lengths:
-            yield self.examples[start : start + length], self.ids[start : start + length]
+            if length:  # all of a micro-batch can be left out
+                yield self.examples[start : start + length], self.ids[start : start + length]
             start += length
 
 
@@ -157,6 +101,9 @@ class Feed:
         self.cache: ExampleCache | None = None
         self.print = ""
         self._keys: dict[tuple[int, int, Size | None], tuple[str, str]] = {}  # (source, row, size) -> key, id
+        self._bad: dict[Row, str] = {}  # why a record cannot be used
+        names = [str(item.source.path or item.source.call) for item in recipe.data]
+        self.unusable = Unusable(names, [len(source) for source in self.sources], recipe.run.max_faults, say)
         if recipe.cache is not None:
             self.cache = self._open_cache()
             self.print = fingerprint(trainable, trained, {**recipe.trainable_args, "narrow": self.cache.narrow})
@@ -200,11 +147,33 @@ class Feed:
         if sizes is None or len(sizes) == 1:
             return None
         if not hasattr(self, "_shapes"):
-            self._shapes = [[picture_size(source[i]) for i in range(len(source))] for source in self.sources]
+            self._shapes = [self._sizes_of(s) for s in range(len(self.sources))]
         return {
             s: np.array([nearest_size(h, w, sizes) for h, w in shapes], dtype=np.int64)
             for s, shapes in enumerate(self._shapes)
         }
+
+    def _sizes_of(self, s: int) -> list[Size]:
+        source, config = self.sources[s], self.recipe.data[s].source
+        name = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True, default=str).encode()).hexdigest()
+        folder = self.cache.folder if self.cache is not None else Path(self.recipe.run.folder)
+        table = SizeTable(folder / f"sizes-{name[:16]}.npz", len(source))
+        found: list[Size] = []
+        for k in range(len(source)):
+            found.append((1, 1))  # if it cannot be used, any size: it is left out when its turn comes
+            with self._noting((s, k)):
+                found[k] = table.size(k, source[k])
+        if self.processes.first:
+            table.write()
+        return found
+
+    @contextmanager
+    def _noting(self, row: Row, record: Record | None = None) -> Iterator[None]:
+        """What a user could mend inside the block makes the record unusable."""
+        try:
+            yield
+        except WeftError as error:
+            self._bad[row] = f"record {record.id if record else row[1]}: {error}"
 
     def _sized(self, record: Record, size: Size | None) -> Record:
         return sized([record], None if size is None else [size])[0]
@@ -212,6 +181,25 @@ class Feed:
     def _encode(self, records: Sequence[Record], size: Size | None) -> list[Example]:
         with self._resolution(size), torch.no_grad():
             return self.trainable.examples(records)
+
+    def _usable(self, records: list[Placed], size: Size | None) -> tuple[list[Placed], list[Example]]:
+        """Those that can be encoded, and their examples; the others are noted. Raises WeftError if each can alone, but
+        not all together."""
+        try:
+            if records:
+                return records, self._encode([record for _, record in records], size)
+        except WeftError:
+            self._probe(records, size)
+            good = [(row, record) for row, record in records if row not in self._bad]
+            if len(good) == len(records):
+                raise
+            return self._usable(good, size)
+        return [], []
+
+    def _probe(self, records: list[Placed], size: Size | None) -> None:
+        for row, record in records:
+            with self._noting(row, record):
+                self._encode([record], size)
 
     @contextmanager
     def _resolution(self, size: Size | None) -> Iterator[None]:
@@ -230,15 +218,35 @@ class Feed:
         """Held-out records with the sizes that the last stage trains at."""
         return sized(records, self.sizes[-1])
 
-    def fixed(self, records: Sequence[Record], batch: int) -> list[Example]:
-        """Examples of held-out records at the sizes of the last stage (past the cache)."""
+    def fixed(self, records: Sequence[Record], batch: int) -> tuple[list[Example], list[str]]:
+        """Examples of held-out records at the sizes of the last stage (past the cache), and their ids. Raises WeftError
+        if none of them can be used."""
         sizes = self.sizes[-1]
         largest = None if sizes is None else max(sizes, key=max)
-        sized = self.sized(records)
-        return [e for i in range(0, len(sized), batch) for e in self._encode(sized[i : i + batch], largest)]
+        examples, ids = list[Example](), list[str]()
+        for start in range(0, len(records), batch):
+            part: list[Placed] = []
+            for i, record in enumerate(records[start : start + batch], start):
+                with self._noting((-1, i), record):
+                    part += [((-1, i), self.sized([record])[0])]
+            kept, some = self._usable(part, largest)
+            examples, ids = examples + some, ids + [record.id for _, record in kept]
+        lost = [why for (s, _), why in self._bad.items() if s == -1]
+        for why in lost:
+            self.say(f"not validated: {why}")
+        if not examples:
+            raise WeftError(f"validate.source: none of {len(records)} records can be used, the first: {lost[0]}")
+        return examples, ids
 
     def batch(self, step: int) -> Fed:
-        """This process's examples and ids of an optimiser step (from 0)."""
+        """This process's examples and ids of an optimiser step (from 0). What fails is in `Fed.error`: another process
+        may not fail, and they have to end together."""
+        try:
+            return self._batch(step)
+        except Exception as error:
+            return Fed("", [], [], 0, 1, error=error)
+
+    def _batch(self, step: int) -> Fed:
         batch = self.sampler.batch(step)
         sizes = self.sizes[batch.stage]
         size = None if sizes is None else sizes[batch.bucket or 0]
@@ -246,18 +254,33 @@ class Feed:
         micro, own = len(batch.rows) // pieces, self.processes.own(pieces)
         rows = batch.rows[own.start * micro : own.stop * micro]
         if self.cache is None:
-            records = [self._sized(self.sources[s][row], size) for s, row in rows]
-            examples, ids = self._encode(records, size), [record.id for record in records]
+            kept, examples = self._usable(self._read(rows, size), size)
+            names = {row: record.id for row, record in kept}
         else:
-            found = self._lookup(rows, size)
-            ids = [name for _, name in found]
-            examples = self.cache.get(key for key, _ in found)
+            self._lookup(rows, size)
+            memos = {row: self._keys[*row, size] for row in rows if row not in self._bad}
+            examples = self.cache.get(memos[row][0] for row in rows if row in memos)
+            names = {row: name for row, (_, name) in memos.items()}
+        lengths, ids, faults = [0] * len(own), list[str](), list[tuple[Row, str]]()
         before = batch.rows[: own.start * micro]
         for i, row in enumerate(rows):
+            if row in self._bad:
+                faults.append((row, self._bad[row]))
+                continue
+            lengths[i // micro] += 1
             # the same record again: other noise, however the step is cut into micro-batches
             again = before.count(row) + rows[:i].count(row)
-            ids[i] += f"#{again + 1}" if again else ""
-        return Fed(batch.group, examples, ids, len(batch.rows), micro)
+            ids.append(names[row] + (f"#{again + 1}" if again else ""))
+        return Fed(batch.group, examples, ids, len(batch.rows), micro, pieces=lengths, faults=faults)
+
+    def _read(self, rows: Sequence[Row], size: Size | None) -> list[Placed]:
+        """The sized records of those rows that can be read; the others are noted."""
+        found: list[Placed] = []
+        for s, row in rows:
+            if (s, row) not in self._bad:
+                with self._noting((s, row)):
+                    found += [((s, row), self._sized(self.sources[s][row], size))]
+        return found
 
     # -- for methods that sample: requests instead of examples
 
@@ -290,26 +313,33 @@ class Feed:
         with self._resolution(None if sizes is None else max(sizes, key=max)), torch.no_grad():
             return model.encode(records, negative=negative)
 
-    def _lookup(self, rows: Sequence[tuple[int, int]], size: Size | None) -> list[tuple[str, str]]:
-        """Keys and ids of these rows, all of them in the cache afterwards.
+    def _lookup(self, rows: Sequence[Row], size: Size | None) -> None:
+        """Bring these rows into the cache and `_keys`; those that cannot be used are noted.
 
         If one is missing all are encoded together: an encoder's last bits depend on its batch, and so the values
         stored are those of the uninterrupted run even if a part of them was written before a kill.
         """
         assert self.cache is not None
-        known = [self._keys.get((s, row, size)) for s, row in rows]
+        rows = [row for row in rows if row not in self._bad]
+        known = [self._keys.get((*row, size)) for row in rows]
         if all(memo is not None and memo[0] in self.cache for memo in known):
-            return [memo for memo in known if memo is not None]
-        together: dict[str, Record] = {}
-        for s, row in rows:
-            record = self._sized(self.sources[s][row], size)
-            key = example_key(self.print, content_digest(record), str(size))
-            self._keys[s, row, size] = (key, record.id)
-            together[key] = record
-        if any(key not in self.cache for key in together):
-            for key, example in zip(together, self._encode(list(together.values()), size), strict=True):
-                self.cache.add(key, example)
-        return [self._keys[s, row, size] for s, row in rows]
+            return
+        together: dict[str, Placed] = {}
+        for row, record in self._read(rows, size):
+            with self._noting(row, record):
+                key = example_key(self.print, content_digest(record), str(size))
+                self._keys[*row, size] = (key, record.id)
+                together[key] = (row, record)
+        missing = [pair for key, pair in together.items() if key not in self.cache]
+        if len(missing) < len(together):  # those that an earlier run could not use, or that a kill lost
+            self._probe(missing, size)
+        if any(row not in self._bad for row, _ in missing):
+            pairs = [pair for pair in together.values() if pair[0] not in self._bad]
+            for (row, _), example in zip(*self._usable(pairs, size), strict=True):
+                self.cache.add(self._keys[*row, size][0], example)
+        for row in rows:
+            if row not in self._bad and (twin := together[self._keys[*row, size][0]][0]) in self._bad:
+                self._bad[row] = self._bad[twin]  # of the same content
 
     def ahead(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """Encode every record at every size that training will ask for, and remember the keys on disk.
@@ -345,13 +375,15 @@ class Feed:
                         if stop():
                             self.cache.flush()
                             return False
-                        self._lookup([(s, n) for n in numbers[i : i + chunk]], size)
+                        some = [(s, n) for n in numbers[i : i + chunk]]
+                        self._lookup(some, size)
+                        self.unusable.meet({row: self._bad[row] for row in some if row in self._bad})
                         if time.monotonic() - spoke > 20:
                             spoke = time.monotonic()
                             done = i + chunk
                             self.say(f"encoding source {s}: {done}/{len(numbers)}, {spoke - started:.0f} s so far")
                     self.cache.flush()
-                    if memory is not None:
+                    if memory is not None and not any((s, n) in self._bad for n in numbers):
                         entries = [self._keys[s, n, size] for n in numbers]
                         temporary = memory.with_suffix(".tmp")
                         temporary.write_text(json.dumps(entries), encoding="utf-8")

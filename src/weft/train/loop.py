@@ -177,6 +177,7 @@ class Trainer:
         if fed is None:
             self.stop = self.stop or int(signal.SIGTERM)  # here or in another process
             return {}
+        self.agree(fed)
         if fed.count == 0:  # nothing to learn from: the weights stay, the step is counted
             return self._stepped({"loss": 0.0, "group": fed.group, "samples": 0, "lr": 0.0, "grad_norm": 0.0}, fed)
         # for dropout inside modules
@@ -197,6 +198,18 @@ class Trainer:
         lr = self.optimizers.base[0] * factor
         values = {"loss": total, "group": fed.group, "samples": fed.count, "lr": lr, "grad_norm": norm}
         return self._stepped(values | metrics, fed)
+
+    def agree(self, fed: Fed) -> None:
+        """All processes know what this step leaves out. If one of them cannot go on, all save and raise: what was
+        learned so far is kept, and a WeftError (its own error where it happened) says why."""
+        news, problem = self.feed.unusable.agree(fed, self.processes)
+        if news:
+            self.log({"skipped": len(self.feed.unusable.met), "skipped_records": news})
+        if problem is None:
+            return
+        if self.saved != self.step:
+            self.save()
+        raise fed.error or WeftError(problem)
 
     def _stepped(self, values: dict[str, Any], fed: Fed) -> dict[str, Any]:
         self.step += 1
@@ -264,7 +277,7 @@ class Trainer:
         if self.fixed is None:
             source = open_source(config.source)
             records = [source[i] for i in range(min(config.count, len(source)))]
-            self.fixed = (self.feed.fixed(records, config.batch_size), [r.id for r in records])
+            self.fixed = self.feed.fixed(records, config.batch_size)
         with self.averaged(), self.autocast():
             values = self.method.held_out(*self.fixed, config.sigmas, self.recipe.run.seed, config.batch_size)
         return {f"val/{k}": v for k, v in values.items()}

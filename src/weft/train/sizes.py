@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from weft.errors import WeftError
-from weft.media import image_size
+from weft.media import atomic_write, image_size
 from weft.record import Record
 from weft.train.config import StageRecipe
 
@@ -60,6 +63,43 @@ def picture_size(record: Record) -> Size:
         return image.height, image.width
     width, height = image_size(part.file(record.root))  # of the header: pictures are read when they are needed
     return height, width
+
+
+class SizeTable:
+    """`picture_size` of a source's records, kept in a file: a picture is opened again only if its path, its bytes or
+    its time of change are others. `opened` counts those that were."""
+
+    def __init__(self, path: Path, rows: int) -> None:
+        self.path, self.opened = path, 0
+        self.table = np.zeros((rows, 5), dtype=np.int64)  # digest of the path, bytes, time of change; height, width
+        try:
+            with np.load(path) as data:
+                known = data["table"][:rows]
+                self.table[: len(known)] = known
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            pass  # none yet: the headers are read
+
+    def size(self, k: int, record: Record) -> Size:
+        """(height, width) of record `k`. Raises as `picture_size`."""
+        part = record.target or record.source
+        if record.meta.get("size") or part is None or part.path is None:
+            return picture_size(record)
+        try:
+            stat = part.file(record.root).stat()
+        except OSError:
+            return picture_size(record)  # which says what is wrong
+        name = int.from_bytes(hashlib.sha256(part.path.encode()).digest()[:7])
+        mark = (name, stat.st_size, stat.st_mtime_ns)
+        if tuple(self.table[k, :3].tolist()) != mark:
+            self.table[k] = (*mark, *picture_size(record))
+            self.opened += 1
+        return int(self.table[k, 3]), int(self.table[k, 4])
+
+    def write(self) -> None:
+        """Keep what was read, if anything was."""
+        if self.opened:
+            with atomic_write(self.path) as handle:
+                np.savez(handle, table=self.table)
 
 
 def sized(records: Sequence[Record], sizes: Sequence[Size] | None) -> list[Record]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, overload
+from typing import Protocol
 
 from weft.errors import WeftError
 from weft.record import Record
+from weft.rows import Lazy
 
 SPLITS = ("train", "val", "test")
 
@@ -24,24 +25,6 @@ def split_of(scene: Digested) -> str:
     """The split that a scene or a script belongs to: 90 % train, 5 % val, 5 % test, by its digest."""
     bucket = int(scene.digest[:8], 16) % 100
     return "train" if bucket < 90 else "val" if bucket < 95 else "test"
-
-
-class Lazy(Sequence[Record]):
-    """Records that are made when they are asked for: `__len__` of them, number k by `_record(k)`."""
-
-    @abstractmethod
-    def _record(self, k: int) -> Record: ...
-
-    @overload
-    def __getitem__(self, i: int) -> Record: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Record]: ...
-    def __getitem__(self, i: int | slice) -> Record | list[Record]:
-        if isinstance(i, slice):
-            return [self._record(k) for k in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        return self._record(i if i >= 0 else i + len(self))
 
 
 @dataclass(frozen=True, kw_only=True)
