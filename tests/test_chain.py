@@ -99,6 +99,11 @@ def test_what_does_not_fit_is_said_before_the_first_run(small, tmp_path, capsys)
     ):
         with pytest.raises(WeftError, match=message):
             read_chain(JOINT, change)
+    with pytest.raises(WeftError, match="generation.yaml: .*missing.jsonl"):
+        run_chain(
+            JOINT, [*small[1], f"folder={tmp_path}/x", f"runs.2.data.0.source.args.path={tmp_path}/missing.jsonl"]
+        )
+    assert not (tmp_path / "x").exists()
     for text, message in (
         ("folder: x\nruns: []", "at least one run"),
         ("runs: [{recipe: a.yaml}]", "needs a folder"),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import json
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -62,15 +65,18 @@ class Stock:
     """diffusers' pipeline over the parts of a folder; its processor needs torchvision, so weft's stands in."""
 
     def __init__(self, folder, model: QwenImageEdit, grid: bool, monkeypatch) -> None:
-        from diffusers import QwenImageEditPlusPipeline
-        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as module
-
-        for name in ("CONDITION_IMAGE_SIZE", "VAE_IMAGE_SIZE"):
+        place = f"diffusers.pipelines.qwenimage.pipeline_qwenimage_edit{'_plus' if model.several else ''}"
+        module, self.several = importlib.import_module(place), model.several
+        for name in ("CONDITION_IMAGE_SIZE", "VAE_IMAGE_SIZE") if model.several else ():
             monkeypatch.setattr(module, name, 64 * 64)
+        if not model.several:
+            real = module.calculate_dimensions
+            monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: real(64 * 64, ratio))
         parts = load(folder, device="cpu").parts
         processor = parts.pop("processor")
-        self.pipeline = QwenImageEditPlusPipeline(**parts, processor=None)
-        self.pipeline.processor = lambda text, images, **_: Inputs(processor, text, images)
+        self.pipeline = getattr(module, model.pipeline)(**parts, processor=None)
+        listed = (lambda images: images) if model.several else (lambda image: [image])
+        self.pipeline.processor = lambda text, images, **_: Inputs(processor, text, listed(images))
         self.pipeline.transformer = type(parts["transformer"]).from_pretrained(folder / "transformer")
         self.pipeline.prompt_template_encode_start_idx = model.skip
         self.pipeline.set_progress_bar_config(disable=True)
@@ -83,7 +89,8 @@ class Stock:
 
     def __call__(self, pictures, size, latents, cfg):
         return self.pipeline(
-            image=pictures, prompt=PROMPT, negative_prompt=" ", true_cfg_scale=cfg, height=size[0], width=size[1],
+            image=pictures if self.several else pictures[0], prompt=PROMPT, negative_prompt=" ",
+            true_cfg_scale=cfg, height=size[0], width=size[1],
             num_inference_steps=STEPS, latents=pack(latents), output_type="latent",
         ).images  # fmt: skip
 
@@ -123,6 +130,33 @@ def test_it_is_the_stock_pipeline(folder, monkeypatch, count, mrope):
         ).latents
         assert (pack(found) - expected).abs().max() <= 1e-5
         assert expected.std() > 0.1
+
+
+def test_the_first_release_is_its_stock_pipeline_and_takes_one_picture(folder, tmp_path, monkeypatch):
+    """QwenImageEditPipeline: the same networks, the picture not numbered, and shown to the VLM as large as it is."""
+    first = tmp_path / "Qwen-Image-Edit"
+    shutil.copytree(folder, first)
+    index = json.loads((first / "model_index.json").read_text()) | {"_class_name": "QwenImageEditPipeline"}
+    (first / "model_index.json").write_text(json.dumps(index))
+    model = opened(first, parity=True)
+    record, size = make_record(PROMPT, picture(70, 35, 0)), (96, 32)
+    (condition,), against = model.encode([record]), model.encode([record], negative="")
+    assert condition.size == size and "2509" not in model.licence and not isinstance(opened(folder), type(model))
+    start, stock = noise("qwen/first", 1, 16, 12, 4), Stock(first, model, True, monkeypatch)
+    for cfg in (1.0, 4.0):
+        expected = stock([picture(70, 35, 0)], size, start, cfg)
+        negative = against if cfg > 1 else None
+        found = sample_flow(model, [condition], seeds=[0], steps=STEPS, guidance=cfg, negative=negative,
+                            init_latents=start).latents  # fmt: skip
+        assert (pack(found) - expected).abs().max() <= 1e-5 and expected.std() > 0.1
+    numbered = opened(folder, parity=True).encode([record])[0].tensors["text"]
+    assert len(numbered) > len(condition.tensors["text"])
+    with pytest.raises(WeftError, match="takes one picture, the request has 2; use Qwen-Image-Edit-2509"):
+        model.encode([make_record(PROMPT, picture(64, 64), references=[picture(64, 64)])])
+    (first / "weft.json").write_text('{"resolution": 64}')
+    assert load(first, device="cpu").options.condition_area == 1024 * 1024
+    model.save(tmp_path / "saved")
+    assert type(load(tmp_path / "saved", device="cpu")) is type(model)
 
 
 def test_the_vlm_s_two_ways_to_count_a_picture_differ(folder):

@@ -196,7 +196,7 @@ def test_a_server_without_probabilities_will_do(server):
     assert out.instruction == "do it" and "logprobs" not in Handler.asked[0]
 
 
-def test_a_release_s_vlm_is_found_in_its_folder(folder, tmp_path, monkeypatch):
+def test_a_release_s_vlm_is_found_in_its_folder(folder, tmp_path, monkeypatch, capsys):
     """A DreamOmni2 folder holds it as `vlm-model`, on this machine or fetched from the hub."""
     from weft.models.image import metaquery_parts
 
@@ -205,6 +205,11 @@ def test_a_release_s_vlm_is_found_in_its_folder(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(metaquery_parts, "from_hub", lambda name, *rest: tmp_path / name.split("/")[1])
     for where in (tmp_path / "DreamOmni2", "xiabs/DreamOmni2"):
         assert open_rewriter(where, device="cpu").form.fit == "none"
+        ModelOptions(model="tiny-kontext", rewriter=str(where), device="cpu").load()  # its licence is shown, too
+        assert f"licence of {where}: weights: Apache-2.0 as published; base: its adapters" in capsys.readouterr().err
+    assert open_rewriter(folder, device="cpu").licence is None  # nothing is known
+    named = open_rewriter("http://localhost:1/v1", model="Qwen/Qwen2.5-VL-3B-Instruct").licence
+    assert named is not None and "no commercial use" in named
     (tmp_path / "DreamOmni2" / "vlm-model" / "model.safetensors").unlink()
     with pytest.raises(WeftError, match="vlm-model: cannot be read"):
         open_vlm(tmp_path / "DreamOmni2")

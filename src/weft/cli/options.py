@@ -96,7 +96,7 @@ class ModelOptions:
     def load(self, references: bool = False) -> Model:
         """The loaded model, by default the one for requests with or without `references`.
 
-        Its licence, where one is known, goes to stderr.
+        Its licence and that of its rewriter, where they are known, go to stderr.
         """
         import sys
 
@@ -135,6 +135,8 @@ class ModelOptions:
         licence = getattr(model.flow, "licence", None)
         if licence:
             print(f"licence of {name}: {licence}", file=sys.stderr)
+        if rewriter is not None and rewriter.licence:
+            print(f"licence of {self.rewriter_model or self.rewriter}: {rewriter.licence}", file=sys.stderr)
         return model
 
 

@@ -15,7 +15,7 @@ import weft
 from weft.errors import WeftError
 from weft.models.image.flux_kontext import FluxKontext, FluxOptions
 from weft.models.image.metaquery import MetaQueryOptions, UniPic2MetaQuery
-from weft.models.image.qwen_image_edit import QwenImageEdit, QwenOptions
+from weft.models.image.qwen_image_edit import QwenFirstOptions, QwenImageEdit, QwenImageEditFirst, QwenOptions
 from weft.models.image.sd3_kontext import UniPic2Kontext
 from weft.models.lora import add_adapters, add_loras, find_adapters, lora_names
 from weft.models.memory import preset_for
@@ -92,6 +92,7 @@ FAMILIES = {
     "DreamOmni2Pipeline": KONTEXT,
     "UniPic2MetaQueryPipeline": METAQUERY,
     "QwenImageEditPlusPipeline": QWEN,
+    "QwenImageEditPipeline": dataclasses.replace(QWEN, model=QwenImageEditFirst, options=QwenFirstOptions),
 }
 """Families by the pipeline class that a folder's index declares."""
 MOTION = ("OmniMoGenPipeline",)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft.errors import WeftError
 from weft.models.image.flux_kontext import KONTEXT_FORMATS
-from weft.models.weights import read_json
+from weft.models.weights import licence_note, read_json
 from weft.record import Record, Turn, image_part, text_part
 from weft.vlm.ask import VLM, Ask, Question, Reply
 from weft.vlm.structured import read_fields
@@ -129,7 +129,7 @@ def with_instruction(record: Record, text: str) -> Record:
 
 class Rewriter:
     """Rewrites records with a VLM. `when`: "on", "off", or "several": only requests with two pictures or more, for
-    which the adapters are there. `strict_slice`: see `parse`."""
+    which the adapters are there. `strict_slice`: see `parse`. `licence`: what is known of the VLM's, to be shown."""
 
     def __init__(
         self,
@@ -139,11 +139,13 @@ class Rewriter:
         strict_slice: bool = False,
         form: Form | None = None,
         max_tokens: int = 4096,
+        licence: str | None = None,
     ) -> None:
         if when not in WHEN:
             raise WeftError(f"rewriter: {when!r} is unknown; choose {', '.join(WHEN)}")
         self.vlm, self.when, self.strict_slice, self.max_tokens = vlm, when, strict_slice, max_tokens
         self.form = form or Form()
+        self.licence = licence
         if strict_slice and self.form.structured:
             raise WeftError("rewriter: strict_slice cuts tags off, and a structured answer has none; leave one out")
 
@@ -213,13 +215,19 @@ def open_vlm(
 
 def vlm_folder(where: str | Path) -> Path:
     """The VLM's own folder of a folder or hub id: inside a DreamOmni2 release, or the one that a MetaQuery model reads
-    with. Raises WeftError if there is none."""
+    with. Raises WeftError if there is none, as in a MetaQuery release, which does not say what it reads with."""
     from weft.models.image.metaquery_parts import find_vlm
+    from weft.models.load import find_model
 
-    folder = Path(where) if Path(where).is_dir() else find_vlm(str(where), Path())
+    folder = find_model(str(where if Path(where).is_dir() else find_vlm(str(where), Path())))
     if (folder / "conditioner").is_dir():
-        card = read_json(folder / "weft.json").get("options", {})
-        return find_vlm(str(card.get("vlm", "")), folder)
+        named = read_json(folder / "weft.json").get("options", {}).get("vlm", "")
+        if not named and not (folder / "vlm").is_dir():
+            raise WeftError(
+                f"{where}: a MetaQuery model that neither holds nor names its VLM: give the VLM's own folder or hub id "
+                "in its place (released models read with Qwen/Qwen2.5-VL-7B-Instruct)"
+            )
+        return find_vlm(str(named), folder)
     return folder / "vlm-model" if (folder / "vlm-model").is_dir() else folder
 
 
@@ -239,6 +247,7 @@ def open_rewriter(
 ) -> Rewriter:
     """A `Rewriter` on the VLM at `where` (see `open_vlm`). `fit`, `structured` and `edit_fields` make its `Form`; None
     takes what the VLM's folder says, else the defaults."""
+    licence = licence_note(model or "" if _is_address(where) else where)
     where = where if _is_address(where) else vlm_folder(where)
     own = {} if _is_address(where) else read_json(Path(where) / "weft.json").get("rewriter", {})
     given = {"fit": fit, "structured": structured, "edit_fields": None if edit_fields is None else tuple(edit_fields)}
@@ -247,7 +256,7 @@ def open_rewriter(
         raise WeftError(f"{where}: weft.json: rewriter has {', '.join(chosen)}; known: {', '.join(given)}")
     form = Form(**{**chosen, "edit_fields": tuple(chosen.get("edit_fields", FIELDS))})
     vlm = open_vlm(where, model=model, key_env=key_env, device=device, dtype=dtype)
-    return Rewriter(vlm, when=when, strict_slice=strict_slice, form=form, max_tokens=max_tokens)
+    return Rewriter(vlm, when=when, strict_slice=strict_slice, form=form, max_tokens=max_tokens, licence=licence)
 
 
 def _is_address(where: str | Path) -> bool:

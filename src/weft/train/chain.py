@@ -17,6 +17,7 @@ from typing import Any
 
 from weft.errors import WeftError
 from weft.train.config import Recipe, build, read_recipe, read_tree
+from weft.train.feed import open_source
 from weft.train.loop import Evaluator, RunResult
 from weft.train.stages import run_stages
 
@@ -93,8 +94,19 @@ def run_chain(
     say: Callable[[str], None] = print,
 ) -> list[RunResult]:
     """Train the runs of a chain (see `read_chain`) and bring their exports together. What is complete is not repeated.
-    `evaluators` and `rewards` are those of `run_stages`. Raises WeftError before the first run if one cannot start."""
+    `evaluators` and `rewards` are those of `run_stages`. Raises WeftError before the first run if a recipe is wrong or
+    its records are not there."""
     chain, recipes = read_chain(path, overrides)
+    for link, recipe in zip(chain.runs, recipes, strict=True):
+        validate = recipe.validate if recipe.run.validate_every else None
+        grid = recipe.grid if recipe.run.grid_every or recipe.rollout is not None else None
+        for part in (*recipe.data, validate, grid):  # a missing file of the last run would be noticed days later
+            if part is None:
+                continue
+            try:
+                open_source(part.source)
+            except (WeftError, OSError) as error:
+                raise WeftError(f"{path}: {link.recipe}: {error}") from error
     results = run_stages(recipes, evaluators=evaluators, rewards=rewards, say=say, continues=chain.continues)
     if int(os.environ.get("RANK", "0")) == 0:  # of several processes the first one writes
         for link, result in zip(chain.runs, results, strict=True):

@@ -1,11 +1,11 @@
-"""Qwen-Image-Edit 2509 and 2511: several pictures read by a VLM and by the transformer itself (arXiv 2508.02324).
+"""Qwen-Image-Edit: pictures read by a VLM and by the transformer itself (arXiv 2508.02324); 2509 and 2511 take several.
 
 diffusers' `QwenImageTransformer2DModel` and `AutoencoderKLQwenImage` and transformers' Qwen2.5-VL, unchanged. Every
 input picture is shown twice: small to the VLM, whose states of pictures and instruction are the text, and large as
 clean latents behind the noisy tokens. Differences to diffusers' `QwenImageEditPlusPipeline`: requests of any number and
 size of pictures make one batch; an output has the shape of its source, not of the last picture (`parity`); the VLM
 places pictures by rows and columns, as in its training (with transformers 5 the pipeline numbers them flat; `mrope`);
-an instruction of any length is read whole.
+an instruction of any length is read whole. The first release takes one picture, in `QwenImageEditPipeline`'s prompt.
 """
 
 from __future__ import annotations
@@ -68,6 +68,13 @@ class QwenOptions:
                 raise WeftError(f"{name} is {area} pixels; it must be at least {32 * 32}")
 
 
+@dataclass(frozen=True)
+class QwenFirstOptions(QwenOptions):
+    """Those of the first Qwen-Image-Edit, whose VLM sees its picture as large as the transformer does."""
+
+    condition_area: int = 1024 * 1024
+
+
 class QwenImageEdit(PackedFlow):
     """A `weft.types.FlowModel` over the parts of a Qwen-Image-Edit-2509 or -2511 folder; `weft.models.load` builds it.
 
@@ -77,6 +84,8 @@ class QwenImageEdit(PackedFlow):
 
     name = "qwen_image_edit"
     pipeline: ClassVar[str] = "QwenImageEditPlusPipeline"
+    several: ClassVar[bool] = True
+    """Whether requests may have several pictures, which the prompt then numbers."""
     steps, guidance = 40, 4.0
 
     def __init__(
@@ -148,11 +157,16 @@ class QwenImageEdit(PackedFlow):
         return out
 
     def _prompt(self, text: str, pictures: Sequence[Image.Image]) -> Any:
+        if len(pictures) > 1 and not self.several:
+            raise WeftError(
+                f"the first Qwen-Image-Edit takes one picture, the request has {len(pictures)}; use "
+                "Qwen-Image-Edit-2509 or -2511"
+            )
         shown = []
         for image in pictures:
             size = area_size((image.height, image.width), self.options.condition_area, 32)
             shown.append(flow.stretch(to_rgb(image), size, self.resample))
-        before = "".join(f"Picture {k}: {PICTURE}" for k in range(1, len(shown) + 1))
+        before = "".join(f"Picture {k}: {PICTURE}" if self.several else PICTURE for k in range(1, len(shown) + 1))
         return self.processor.encode(BEFORE + before + text + AFTER, shown)
 
     def _read(self, prompts: Sequence[Any]) -> list[Tensor]:
@@ -244,6 +258,14 @@ class QwenImageEdit(PackedFlow):
         scale = torch.where(length > 0, positive.norm(dim=-1, keepdim=True) / length, 0)  # 0: padding
         grid = (v_pos.shape[2] // self.patch, v_pos.shape[3] // self.patch)
         return unpatches(mixed * scale, grid, self.patch)
+
+
+class QwenImageEditFirst(QwenImageEdit):
+    """The first Qwen-Image-Edit (August 2025): the same networks; one picture, not numbered (diffusers,
+    pipeline_qwenimage_edit.py)."""
+
+    pipeline: ClassVar[str] = "QwenImageEditPipeline"
+    several = False
 
 
 def area_size(size: flow.Size, area: int, factor: int) -> flow.Size:
