@@ -12,8 +12,12 @@ import pytest
 import torch
 import yaml
 
+from test_online import recipe as online
+from test_online import requests
 from test_train import KILLED, ROOT, assert_same, quiet, recipe, source, state
+from tiny import tiny_kontext_folder
 from weft.errors import WeftError
+from weft.record import make_record
 from weft.train import read_recipe, run
 from weft.train.checkpoint import newest
 from weft.train.loop import Trainer
@@ -140,6 +144,58 @@ def test_held_out_records_are_left_out_too(tmp_path, picture):
     run(recipe(tmp_path / "a", run={"validate_every": 6}, validate=held), say=heard.append)
     assert [row["val/loss"] > 0 for row in rows_of(tmp_path / "a") if "val/loss" in row] == [True, True]
     assert sum("not validated: record edit-2" in line for line in heard) == 1
+
+
+def pictures(folder):
+    """Records of ten pictures of two shapes; the third is cut off within its header, the sixth is gone."""
+    from PIL import Image
+
+    records = []
+    for k in range(10):
+        file = Path(folder) / f"{k}.png"
+        Image.new("RGB", (8, 8 + 8 * (k % 2))).save(file)
+        records.append(make_record("p", target=file, id=f"p{k}", meta={"x": [k / 10, 0.5, 0.1, 0.0]}))
+        if k in (2, 5):
+            file.write_bytes(file.read_bytes()[:20])
+    (Path(folder) / "5.png").unlink()
+    return records
+
+
+def test_buckets_of_pictures_of_which_some_have_no_size(tmp_path):
+    heard: list[str] = []
+    tree = recipe(
+        tmp_path / "a",
+        data=[{"source": {"call": f"{__file__}:pictures", "args": {"folder": str(tmp_path)}}}],
+        stages=[{"size": 16, "aspects": ["1:1", "1:2"], "multiple": 8}],
+        run={"max_faults": 0.2},
+    )
+    run(tree, say=heard.append)
+    assert {line.split()[2] for line in heard if line.startswith("skipped")} == {"p2:", "p5:"}
+    trainer = Trainer(read_recipe(tree), {}, quiet)
+    assert sorted(row for _, row in trainer.feed._bad) == [2, 5]
+    assert len(list((tmp_path / "a").glob("sizes-*.npz"))) == 1
+
+
+def edits(broken=(), picture=""):
+    """Six requests, some of them with a source that cannot be read."""
+    return [make_record("p", picture, id=r.id) if i in broken else r for i, r in enumerate(requests())]
+
+
+def test_requests_that_cannot_be_read_are_replaced(tmp_path, picture):
+    folder = tiny_kontext_folder(tmp_path / "tiny")
+    data = [{"source": {"call": f"{__file__}:edits", "args": {"broken": [1, 4], "picture": picture}}}]
+    settings = {"steps": 6, "max_faults": 0.4}
+    heard: list[str] = []
+    trainer = Trainer(read_recipe(online(folder, tmp_path / "a", data=data, run=settings)), {}, heard.append)
+    for _ in range(3):
+        trainer.train_step()
+        assert len({s.group for s in trainer.method.epoch.samples}) == 2
+        assert not {"r1", "r4"} & {s.record.id for s in trainer.method.epoch.samples}
+        trainer.train_step()
+    assert len([line for line in heard if line.startswith("skipped record r")]) == 2
+    with pytest.raises(WeftError, match=r"1 of 6 rows are bad.*record r\d: .*cut.jpg is damaged"):
+        run(online(folder, tmp_path / "b", data=data, run=settings | {"max_faults": 0.1}), say=quiet)
+    assert newest(tmp_path / "b") is not None
 
 
 FAILS = """

@@ -23,6 +23,7 @@ from torch import nn
 from weft.data.cache import ExampleCache, example_key
 from weft.data.sampler import Sampler, Span
 from weft.errors import WeftError
+from weft.media import LazyPicture
 from weft.record import Record
 from weft.train.config import Recipe, SourceRecipe, StageRecipe, load_object, nearest
 from weft.train.digests import code_digest, content_digest, fingerprint
@@ -51,6 +52,13 @@ def open_source(config: SourceRecipe) -> Sequence[Record]:
         given = dataclasses.asdict(config)
         records = load_source(SourceConfig(**{k: v for k, v in given.items() if k in fields}))
     return records[: config.limit] if config.limit is not None and len(records) > config.limit else records
+
+
+def read_pictures(record: Record) -> None:
+    """Decode all pictures of a record once. Raises WeftError for one that cannot be used."""
+    for part in (part for turn in record.turns for part in turn.parts if part.type == "image"):
+        if part.path is not None or isinstance(part.value, LazyPicture):  # others are there
+            part.load(record.root)
 
 
 @dataclass(slots=True)
@@ -162,7 +170,9 @@ class Feed:
         for k in range(len(source)):
             found.append((1, 1))  # if it cannot be used, any size: it is left out when its turn comes
             with self._noting((s, k)):
-                found[k] = table.size(k, source[k])
+                record = source[k]
+                with self._noting((s, k), record):
+                    found[k] = table.size(k, record)
         if self.processes.first:
             table.write()
         return found
@@ -279,21 +289,29 @@ class Feed:
         for s, row in rows:
             if (s, row) not in self._bad:
                 with self._noting((s, row)):
-                    found += [((s, row), self._sized(self.sources[s][row], size))]
+                    record = self.sources[s][row]
+                    with self._noting((s, row), record):
+                        found += [((s, row), self._sized(record, size))]
         return found
 
     # -- for methods that sample: requests instead of examples
 
-    def requests(self, epoch: int) -> tuple[str, list[Record]]:
+    def requests(self, epoch: int) -> tuple[str, list[Record | None]]:
         """Batch group and records (sized) of an epoch of rollouts: `rollout.groups` of one group and bucket."""
         batch = self.sampler.batch(epoch)
         return batch.group, [self.request(epoch, row) for row in batch.rows]
 
-    def request(self, epoch: int, row: tuple[int, int]) -> Record:
-        """One record at the size of that epoch's stage and bucket."""
+    def request(self, epoch: int, row: Row) -> Record | None:
+        """One record at the size of that epoch's stage and bucket; None if it or one of its pictures cannot be read,
+        which is noted and counted. Raises WeftError above `run.max_faults`."""
         batch = self.sampler.batch(epoch)
         sizes = self.sizes[batch.stage]
-        return self._sized(self.sources[row[0]][row[1]], None if sizes is None else sizes[batch.bucket or 0])
+        for _, record in self._read([row], None if sizes is None else sizes[batch.bucket or 0]):
+            with self._noting(row, record):
+                read_pictures(record)
+                return record
+        self.unusable.meet({row: self._bad[row]})
+        return None
 
     def rows_like(self, epoch: int) -> list[tuple[int, int]]:
         """All (source, row) pairs that could stand in an epoch: of its batch group, and of its bucket."""

@@ -14,7 +14,7 @@ from weft.record import Record
 from weft.report.sheet import contact_sheet
 from weft.sample.rollout import sample_flow
 from weft.train.config import GridRecipe
-from weft.train.feed import Feed, open_source
+from weft.train.feed import Feed, open_source, read_pictures
 from weft.types import FlowModel, Trainable
 
 
@@ -24,7 +24,15 @@ def draw_grid(model: Trainable, config: GridRecipe | None, feed: Feed, path: Pat
     if config is None or not isinstance(model, FlowModel):
         raise WeftError("run.grid_every: pictures need a grid section and a flow model")
     source = open_source(config.source)
-    records = feed.sized([source[i] for i in range(min(config.count, len(source)))])
+    records: list[Record] = []
+    for record in (source[i] for i in range(min(config.count, len(source)))):
+        try:
+            read_pictures(record)
+            records += feed.sized([record])
+        except WeftError as error:
+            feed.say(f"not drawn: record {record.id}: {error}")
+    if not records:
+        raise WeftError(f"grid.source: none of the first {config.count} records can be used")
     rows: list[list[Image.Image | None]] = []
     captions: list[str] = []
     widest = max(len(record.references) for record in records)

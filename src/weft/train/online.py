@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -129,7 +130,11 @@ class Online:
         number, part = divmod(step, self.rollout.steps_per_epoch)
         if self.epoch is None or self.epoch.number != number:
             assert part == 0, "an epoch under way is restored by load"
-            if not self._begin(number):
+            try:
+                epoch = self._planned(number)
+            except WeftError as error:  # the same in all processes, which save and end
+                return Fed("", [], [], 0, 1, error=error)
+            if not self._begin(epoch):
                 return None
         assert self.epoch is not None
         chosen = self.order[part]
@@ -166,9 +171,8 @@ class Online:
 
     # -- an epoch
 
-    def _begin(self, number: int) -> bool:
+    def _begin(self, epoch: Epoch) -> bool:
         """Roll out an epoch, and then more groups in the place of idle ones, as often as `rollout.refill` says."""
-        epoch = self._planned(number)
         batches: list[list[Sample]] = list(epoch.batches)
         for again in range(self.rollout.refill + 1):
             if not self._rolled(epoch, batches):
@@ -199,8 +203,17 @@ class Online:
                 module.train()
 
     def _planned(self, number: int) -> Epoch:
+        """Raises WeftError in all processes if one cannot plan, or if they plan different requests."""
         feed, processes = self.setting.feed, self.setting.processes
-        return plan_epoch(feed, self.rollout, processes, self.seed, number, self.banned)
+        try:
+            epoch = plan_epoch(feed, self.rollout, processes, self.seed, number, self.banned)
+            plans = processes.gather([json.dumps([s.group for s in epoch.samples])])
+        except WeftError as error:
+            processes.gather([str(error)])
+            raise
+        if len(set(plans)) > 1:
+            raise WeftError(f"epoch {number}: the processes do not read the same requests: check that all see one disk")
+        return epoch
 
     def _refilled(self, epoch: Epoch) -> list[list[Sample]]:
         """Add groups of other requests for those of the judged epoch from which nothing is learned; none if there are

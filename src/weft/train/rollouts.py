@@ -72,14 +72,15 @@ class Epoch:
 def plan_epoch(
     feed: Feed, recipe: RolloutRecipe, processes: Processes, seed: int, number: int, banned: Collection[str]
 ) -> Epoch:
-    """The samples of epoch `number`: distinct requests from the sampler; banned ones are replaced by others, and left
-    out where the data have no others. Raises WeftError if all are banned."""
+    """The samples of epoch `number`: distinct requests from the sampler; banned ones, and those that cannot be read,
+    are replaced by others, and left out where the data have no others. Raises WeftError if all are banned, or too many
+    cannot be read."""
     name, records = feed.requests(number)
-    keys = [group_key(record) for record in records]
-    spare = [i for i, key in enumerate(keys) if key in banned]
+    keys = ["" if record is None else group_key(record) for record in records]
+    spare = [i for i, key in enumerate(keys) if not key or key in banned]
     for place, (key, record) in zip(spare, others(feed, seed, number, {*keys, *banned}, len(spare)), strict=False):
         records[place], keys[place] = record, key
-    requests = [(key, record) for key, record in zip(keys, records, strict=True) if key not in banned]
+    requests = [(k, r) for k, r in zip(keys, records, strict=True) if r is not None and k not in banned]
     if not requests:
         raise WeftError(
             f"epoch {number}: all {len(banned)} requests are banned as settled: the run is done; end it at this step, "
@@ -98,8 +99,8 @@ def others(feed: Feed, seed: int, number: int, known: Collection[str], count: in
     rows = feed.rows_like(number)
     for row in numpy_rng(seed, "replace", number).permutation(len(rows)):
         record = feed.request(number, rows[int(row)])
-        key = group_key(record)
-        if key not in known:
+        key = "" if record is None else group_key(record)
+        if record is not None and key not in known:
             known.add(key)
             yield key, record
             count -= 1
