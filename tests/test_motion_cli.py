@@ -113,6 +113,67 @@ def test_a_real_model_folder(run: Run, tmp_path: Path) -> None:
     assert status == 0 or "wrote nothing" in err
 
 
+def test_between_two_movements_and_in_a_row(run: Run, tmp_path: Path) -> None:
+    """Random weights, the real code: what must hold whatever was learnt."""
+    from tiny_motion import motion, tiny_motion_folder
+
+    model = ("--model", tiny_motion_folder(tmp_path / "model", "flat"))
+    a, b, out = tmp_path / "a.npz", tmp_path / "b.npz", tmp_path / "o.npz"
+    write_motion(motion(12, 1), a)
+    write_motion(motion(12, 2), b)
+    made = ("generate", "a person walks", "-o", out, *model, "--seconds", 2)
+
+    def frames(*words: object) -> np.ndarray:
+        status, _, err = run(*made, *words)
+        assert status == 0, err
+        return read_motion(out).joints
+
+    plain, between = frames(), frames("--start", a, "--end", b)
+    assert len(between) == 40 and not np.allclose(between, plain)
+    record = make_record("a person walks", start=a, end=b)
+    assert [p.role for p in record.request.parts] == ["start", "end", None] and record.task == "between"
+    assert make_record("a person walks", start=a).task == "generate"
+    python = weft.load_motion(model[1]).generate("a person walks", start=a, end=str(b), seconds=2)
+    assert np.allclose(between, python.joints, atol=1e-5)
+
+    row = frames("--then", "walk faster", 1, "--then", "{" + str(a) + "} again", 0.6)
+    assert len(row) == 40 + 20 + 12
+    assert read_motion(out).meta["weft"]["instruction"] == (
+        "a person walks (2 s), walk faster (1 s), motion 1 again (0.6 s)"
+    )
+    on = frames("--start", a)
+    assert len(on) == 12 + 40
+    assert len(frames("--start", a, "-n", 1, "--then", "walk faster", 1)) == 12 + 40 + 20
+    other = weft.load_motion(model[1]).timeline([("walk faster", 1.0)], start=read_motion(a))
+    assert np.allclose(other.joints[:8], on[:8], atol=1e-4), "both begin with the same movement"
+
+    words = ("edit", a, "walk faster", "-o", out, *model)
+    write_motion(motion(40, 3), a)
+    assert run(*words, "--replace", 0.6, 1.4)[0] == 0 and len(read_motion(out)) == 40
+    replaced = read_motion(out)
+    assert replaced.meta["weft"]["seconds"] == 2.0
+    assert run(*words, "--replace", 0.6, 1.4, "--seconds", 1.8)[0] == 0 and len(read_motion(out)) == 36
+
+    for line, *told in (
+        ((*made, "--start", a, "--end", b), "2 s are asked for and start and end are 2.6 s, this model makes 2.4 s"),
+        ((*made, "--end", b), "--end needs a --start"),
+        ((*made, "--start", b, "--end", b, "--then", "x", 1), "--end needs a --start and no --then"),
+        ((*made[:-2], "--then", "walk", 1), "--seconds is missing"),
+        ((*made, "--then", "walk", 0.05), "seconds is 0.05"),
+        ((*made, "--then", " ", 1), "scene 1 is empty"),
+        ((*made, "--then", "walk", 1, "--rounds", 1), "--rounds does nothing in a row"),
+        ((*made, "--start", tmp_path / "no.bvh"), "start", "no.bvh does not exist"),
+        (("generate", "a star", "-o", tmp_path / "o.png", "--start", b), "--start does nothing for pictures"),
+        (("generate", "--records", b, "-o", tmp_path / "d", "--then", "x", 1), "--then does nothing with --records"),
+        ((*words, "--replace", 0.2, 1), "--replace 0.2 1: of 2 s, at least 0.4 must stay"),
+        ((*words, "--replace", 1, 0.8), "--replace 1 0.8"),
+        ((*words, "--replace", 0.6, 1, "--mask", b), "--mask does nothing for movements"),
+    ):
+        is_one_line(run(*line), *told)
+    with pytest.raises(WeftError, match="belong together"):
+        weft.load_motion(model[1]).generate("walk", start=a)
+
+
 def test_bad_requests(run: Run, clip: Motion, tmp_path: Path) -> None:
     walk, out = tmp_path / "walk.npz", tmp_path / "o.bvh"
     write_motion(clip, walk)

@@ -4,6 +4,8 @@ model = weft.load_motion("tiny-motion")
 walk = model.generate("a person walks in a circle, then waves", seed=7, seconds=6)
 walk.save("walk.bvh")
 model.edit("walk.bvh", weft.weave("keep the action, take the style of {zombie.bvh}"))
+model.generate("a person waves", start="a.bvh", end="b.bvh", seconds=4)
+model.timeline([("a person walks", 4), ("the person sits down", 3)])
 model.describe("walk.bvh")
 
 One request is one record, whatever its task: a model only answers records
@@ -21,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import weft
 from weft.errors import WeftError
 from weft.motion.captions import QUESTION
-from weft.record import Part, Record, make_record
+from weft.motion.files import load_part
+from weft.record import Part, Record, make_record, motion_part
 from weft.rng import seed_of
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ FAMILIES = {"OmniMoGenPipeline": "weft.models.motion.load"}
 lora=)` opens it as a `weft.types.TokenModel`."""
 
 Movement = Any  # a path, a weft.motion.Motion, or a motion part
+Scene = tuple[str | Sequence[Part], float]  # what happens, and for how many seconds
 
 
 @dataclass(slots=True)
@@ -113,12 +117,17 @@ class MotionModel:
     def generate(
         self, instruction: str | Sequence[Part], *, seed: int = 0, references: Sequence[Movement] = (),
         options: MotionOptions | None = None, seconds: float | None = None,
+        start: Movement | None = None, end: Movement | None = None,
     ) -> Motion:  # fmt: skip
         """A movement of a sentence, or of a sentence with movements woven in (`weft.weave`).
 
-        `seconds` is short for `options`. Raises `WeftError` if the model answers without a movement.
+        With `start` and `end`, one that begins and ends as they do, both included (in-betweening); `timeline` goes on
+        from a start alone. `seconds` is short for `options`. Raises `WeftError` for one of the two alone, if they leave
+        no room in `seconds`, and if the model answers without a movement.
         """
-        record = make_record(instruction, references=references)
+        if (start is None) != (end is None):
+            raise WeftError("start and end belong together; to go on from a start, use timeline(..., start=)")
+        record = make_record(instruction, references=references, start=start, end=end)
         return self._movement(record, seed, _options(options, seconds))
 
     def edit(
@@ -130,23 +139,42 @@ class MotionModel:
         return self._movement(record, seed, _options(options, seconds))
 
     def timeline(
-        self, scenes: Sequence[tuple[str, float]], *, seed: int = 0, options: MotionOptions | None = None
-    ) -> Motion:
+        self, scenes: Sequence[Scene], *, seed: int = 0, options: MotionOptions | None = None,
+        start: Movement | None = None,
+    ) -> Motion:  # fmt: skip
         """One movement of several instructions, (text, seconds) each, that goes from one to the next without a jump.
 
-        Raises `WeftError` for no scenes, one without words or below 0.2 s, and for `seconds` or `rounds` in the
-        options: each scene has its own length, and none is judged.
+        With `start` it begins with that movement and goes on from it. Raises `WeftError` for no scenes, one without
+        words or below 0.2 s, and for `seconds` or `rounds` in the options: each scene has its own length, and none is
+        judged.
         """
+        (output,) = self.timelines(scenes, seeds=[seed], options=options, start=start)
+        assert output.motion is not None
+        return output.motion
+
+    def timelines(
+        self, scenes: Sequence[Scene], *, seeds: Sequence[int], options: MotionOptions | None = None,
+        start: Movement | None = None,
+    ) -> Iterator[MotionOutput]:  # fmt: skip
+        """`timeline` once a seed, with what is needed to make it again."""
         options = options or MotionOptions()
         if options.seconds is not None or options.rounds:
             raise WeftError("timeline: seconds and rounds mean nothing here; give every scene its length")
-        for k, (text, _) in enumerate(scenes):
-            if not text.strip():
+        if not scenes:
+            raise WeftError("timeline: no scenes; give at least one (text, seconds)")
+        for k, (said, seconds) in enumerate(scenes):
+            MotionOptions(seconds=seconds)  # its limits
+            if not (said if isinstance(said, str) else "".join(p.text or p.type for p in said)).strip():
                 raise WeftError(f"timeline: scene {k} is empty; say what happens")
         model: Any = self.model
         if not hasattr(model, "timeline"):
             raise WeftError(f"{self.name} makes one movement at a time; it has no timeline")
-        return model.timeline(scenes, seed=seed, options=options)
+        told = [f"{make_record(said).instruction} ({seconds:g} s)" for said, seconds in scenes]
+        record = make_record(", ".join(told), start=start)
+        clip = load_part(record.request.parts[0], fps=None) if start is not None else None
+        for seed in seeds:
+            motion = model.timeline(scenes, seed=seed, options=options, start=clip)
+            yield MotionOutput(record, [motion_part(motion)], seed, self._facts(record, seed, options))
 
     def describe(self, source: Movement, question: str = QUESTION, *, options: MotionOptions | None = None) -> str:
         """What the model writes about a movement. Raises `WeftError` if it writes nothing."""
@@ -177,10 +205,13 @@ class MotionModel:
             part = jobs[start : start + options.batch]
             answers = self._answers([r for r, _ in part], [s for _, s in part], options)
             for (record, one), parts in zip(part, answers, strict=True):
-                facts = {"weft": weft.__version__, "model": self.name, "instruction": record.instruction, "seed": one}
-                asked = {k: getattr(options, k) for k in ("seconds", "temperature", "top_k", "top_p", "guidance")}
-                asked["rounds"] = options.rounds or None
-                yield MotionOutput(record, parts, one, facts | {k: v for k, v in asked.items() if v is not None})
+                yield MotionOutput(record, parts, one, self._facts(record, one, options))
+
+    def _facts(self, record: Record, seed: int, options: MotionOptions) -> dict[str, Any]:
+        facts = {"weft": weft.__version__, "model": self.name, "instruction": record.instruction, "seed": seed}
+        asked = {k: getattr(options, k) for k in ("seconds", "temperature", "top_k", "top_p", "guidance")}
+        asked["rounds"] = options.rounds or None
+        return facts | {k: v for k, v in asked.items() if v is not None}
 
     def _answers(
         self, records: Sequence[Record], seeds: Sequence[int], options: MotionOptions

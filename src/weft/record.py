@@ -151,6 +151,8 @@ def make_record(
     *,
     references: Sequence[Any] = (),
     mask: Any = None,
+    start: Any = None,
+    end: Any = None,
     target: Any = None,
     size: tuple[int, int] | None = None,
     task: str | None = None,
@@ -162,14 +164,16 @@ def make_record(
 
     `instruction` is a text or what `weave` returns; media are paths, PIL pictures, lazy pictures, movements or
     parts.
-    `references` are attached in order (the text is not changed). `size` is (height, width) in pixels and stands in
+    `references` are attached in order (the text is not changed); `start` and `end` are the movements between which the
+    one that is asked for lies, both included. `size` is (height, width) in pixels and stands in
     `meta["size"]`. Without `id`, it is a digest of the request. Raises `WeftError` if the instruction is empty or
     a file is missing.
     """
     said = [text_part(instruction)] if isinstance(instruction, str) else list(instruction)
     if not any(p.type != "text" or (p.text or "").strip() for p in said):
         raise WeftError("instruction: empty, say what to make or to change")
-    parts = [_medium(m, role, root) for m, role in ((source, "source"), (mask, "mask")) if m is not None]
+    given = ((source, "source"), (mask, "mask"), (start, "start"), (end, "end"))
+    parts = [_medium(m, role, root) for m, role in given if m is not None]
     if references:
         parts += [_medium(m, "reference", root) for m in references] + [text_part("")]
     turns = [Turn("user", parts + said)]
@@ -197,7 +201,10 @@ def _medium(medium: Any, role: str | None, root: Path | None) -> Part:
 
 
 def default_task(record: Record) -> str:
-    """`generate`, `edit`, `multi_generate` or `multi_edit`: by whether there is a source and are references."""
+    """`generate`, `edit`, `multi_generate` or `multi_edit`: by whether there is a source and are references; `between`
+    with a start and an end."""
+    if {"start", "end"} <= {part.role for part in record.request.parts}:
+        return "between"
     return ("multi_" if record.references else "") + ("edit" if record.source else "generate")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import time
@@ -87,17 +88,29 @@ class _Make:
 
     def _run(self, record: Record) -> int:
         """One record, n outputs."""
-        moves = is_movement(self.out)
-        seeds = [self.sampling.seed + k for k in range(self.n)]
-        outputs = self._outputs([record], moves, seeds, sys.stderr.isatty())
-        start = time.perf_counter()
+        return self._write(self._outputs([record], is_movement(self.out), self._seeds(), sys.stderr.isatty()))
+
+    def _seeds(self) -> list[int]:
+        return [self.sampling.seed + k for k in range(self.n)]
+
+    def _only_for_movements(self, *names: str) -> bool:
+        """Whether one of these options was given. Raises `WeftError` if it would do nothing."""
+        given = [f"--{name}" for name in names if getattr(self, name)]
+        if given and self.records is not None:
+            raise WeftError(f"{given[0]} does nothing with --records; let the records say it")
+        if given and not is_movement(self.out):
+            raise WeftError(f"{given[0]} does nothing for pictures; leave it out")
+        return bool(given)
+
+    def _write(self, outputs: Iterator[Output | MotionOutput]) -> int:
+        moves, begun = is_movement(self.out), time.perf_counter()
         for k, output in enumerate(outputs):
             path = self.out if self.n == 1 else self.out.with_stem(f"{self.out.stem}-{k}")
             print(output.save(path, metadata=not self.no_metadata))
             if text := getattr(output, "text", ""):  # what a motion model says before it moves
                 print(text, file=sys.stderr)
         what = "movement" if moves else "picture"
-        print(f"{self.n} {what}(s) in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        print(f"{self.n} {what}(s) in {time.perf_counter() - begun:.1f} s", file=sys.stderr)
         return 0
 
     def _run_records(self, records: Sequence[Record]) -> int:
@@ -130,15 +143,45 @@ class Generate(_Make):
 
     instruction: Annotated[Positional[str | None], QUIET] = None
     """What the picture shows, or how one moves."""
+    start: File = None
+    """A movement to begin with: to its --end; without one, --seconds more are made that go on from it."""
+    end: File = None
+    """A movement to end with; what is made holds --start and --end and lasts --seconds."""
+    then: Annotated[list[tuple[str, float]], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT SECONDS")] = field(
+        default_factory=list
+    )
+    """What happens next, and for how long, after the --seconds of the instruction; can be repeated."""
 
     def run(self) -> int:
         from weft.record import make_record, read_records, weave
 
         self._check_records(self.instruction)
+        if self._only_for_movements("start", "end", "then"):
+            return self._run_movement()
         if self.records is not None:
             return self._run_records([record for record in read_records(self.records) if record.source is None])
         assert self.instruction is not None
         return self._run(make_record(weave(self.instruction), size=parse_size(self.sampling.size)))
+
+    def _run_movement(self) -> int:
+        """A movement between two, one that goes on from another, or several in a row."""
+        from weft.record import make_record, weave
+
+        assert self.instruction is not None
+        for name, path in (("start", self.start), ("end", self.end)):
+            if path is not None:
+                check_file(path, name)
+        if self.end is not None:
+            if self.start is None or self.then:
+                raise WeftError("--end needs a --start and no --then; what comes after an end is another movement")
+            return self._run(make_record(weave(self.instruction), start=self.start, end=self.end))
+        if self.movement.seconds is None:
+            raise WeftError("--seconds is missing: how long the instruction's own part of the movement lasts")
+        refuse(self.movement, ("seconds", "temperature", "top_k", "top_p"), "in a row of movements")
+        scenes = [(weave(text), seconds) for text, seconds in [(self.instruction, self.movement.seconds), *self.then]]
+        options = dataclasses.replace(self.movement.options(self.sampling), seconds=None)
+        model = self.loading.load_motion()
+        return self._write(model.timelines(scenes, seeds=self._seeds(), options=options, start=self.start))
 
 
 @dataclass(kw_only=True)
@@ -152,10 +195,13 @@ class Edit(_Make):
     """What to change."""
     mask: File = None
     """A picture of the source's size, white where it may change; the rest keeps its pixels."""
+    replace: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="FROM TO", help_behavior_hint="")] = None
+    """Of a movement: the seconds that are made anew, as the instruction says, between what is before and after them."""
 
     def run(self) -> int:
         from weft.record import make_record, read_records, weave
 
+        again = self._only_for_movements("replace")
         if self.records is not None:
             self._check_records(None if self.source is None else str(self.source))
             return self._run_records([record for record in read_records(self.records) if record.source is not None])
@@ -166,5 +212,26 @@ class Edit(_Make):
         if self.mask is not None:
             check_file(self.mask, "mask")
         assert self.instruction is not None
+        if again:
+            return self._run(self._replaced(self.source, self.instruction))
         size = parse_size(self.sampling.size)
         return self._run(make_record(weave(self.instruction), source=self.source, mask=self.mask, size=size))
+
+    def _replaced(self, source: Path, instruction: str) -> Record:
+        """The request for a movement between the source's beginning and end, as long as the source by default."""
+        from weft.motion import read_motion
+        from weft.record import make_record, weave
+
+        if self.mask is not None:
+            raise WeftError("--mask does nothing for movements; leave it out")
+        assert self.replace is not None
+        clip = read_motion(source, fps=20)
+        first, last = (round(20 * seconds) for seconds in self.replace)
+        if not 8 <= first < last <= len(clip) - 8:
+            raise WeftError(
+                f"--replace {self.replace[0]:g} {self.replace[1]:g}: of {clip.seconds:.3g} s, at least 0.4 must stay "
+                "before and after the part that is made anew"
+            )
+        if self.movement.seconds is None:
+            self.movement.seconds = clip.seconds
+        return make_record(weave(instruction), start=clip.crop(0, first), end=clip.crop(last))

@@ -24,10 +24,11 @@ from weft.media import atomic_write
 from weft.models.motion.codec import Codec
 from weft.models.motion.heads import HeadConfig, ResidualPredictor, make_head, save_head
 from weft.models.motion.network import MotionNetwork
-from weft.models.motion.reading import OWN, TEMPLATES, Reader, Rows, read_vocabulary, wordless
+from weft.models.motion.reading import OWN, ROLE_WORDS, TEMPLATES, Reader, Rows, asked, read_vocabulary, wordless
 from weft.models.motion.tokens import CLOSE, OPEN, Reply, Serialisation, code_names
 from weft.models.tokenizers import warn_unknown
 from weft.motion.clip import Motion
+from weft.motion.files import load_part
 from weft.record import Part, Record, Turn, motion_part, text_part
 from weft.rng import seed_of
 from weft.sample.tokens import Sampling, sample_tokens
@@ -160,14 +161,23 @@ class MotionLM:
         answers = self.respond(asked_for, seeds=seeds or [0] * len(records), options=options)
         return ["".join(p.text or "" for p in parts).strip() for parts in answers]
 
-    def timeline(self, scenes: Sequence[tuple[str, float]], *, seed: int = 0, options: Any = None) -> Motion:
-        """One movement of several instructions, (text, seconds) each: every scene goes on from the codes of the one
-        before, and all are decoded together, so nothing jumps. Raises WeftError for none, or a scene below 0.2 s."""
+    def timeline(
+        self, scenes: Sequence[tuple[str | Sequence[Part], float]], *, seed: int = 0, options: Any = None,
+        start: Motion | None = None,
+    ) -> Motion:  # fmt: skip
+        """One movement of several instructions, (text or parts, seconds) each: every scene goes on from the codes of
+        the one before, the first from those of `start`, and all are decoded together, so nothing jumps. Raises
+        WeftError for no scenes, a scene below 0.2 s, or a start that holds no code."""
         if not scenes:
             raise WeftError("timeline: no scenes; give at least one (text, seconds)")
         codes = torch.empty((0, self.codec.config.levels), dtype=torch.long)
-        for k, (text, seconds) in enumerate(scenes):
-            record = Record(f"scene-{k}", "generate", [Turn("user", [text_part(text)])])
+        if start is not None:
+            codes = self.codec.encode([start])[0]
+            if not len(codes):
+                raise WeftError(f"timeline: a start of {start.seconds:.2g} s is too short to go on from; give 0.4 s")
+        for k, (said, seconds) in enumerate(scenes):
+            parts = [text_part(said)] if isinstance(said, str) else list(said)
+            record = Record(f"scene-{k}", "generate", [Turn("user", parts)])
             more = self._moved([record], [codes], [self._steps(seconds)], [seed_of(seed, "scene", k)],
                                self.sampling(options))  # fmt: skip
             codes = more[0]
@@ -201,6 +211,7 @@ class MotionLM:
         sampling = sampling or self.sampling(None)
         window = self.options.window
         steps = None if seconds is None else self._steps(seconds)
+        self._check_ends(records, seconds)
         least, most = (1, window) if steps is None else (min(steps, window), min(steps, window))
         grammars = []
         for record in records:
@@ -219,6 +230,19 @@ class MotionLM:
             for k, own in zip(long, more, strict=True):
                 codes[k] = own
         return texts, codes
+
+    def _check_ends(self, records: Sequence[Record], seconds: float | None) -> None:
+        """A movement between a start and an end holds both and is made in one go: whether `seconds` allow that."""
+        longest = self.options.window / self.codec.steps_per_second
+        for record in records:
+            parts = [p for p in asked(record)[-1].parts if p.role in ROLE_WORDS and p.type == "motion"]
+            given = sum(load_part(part, record.root, fps=None).seconds for part in parts)
+            if parts and not (given < (seconds or longest) <= longest):
+                wanted = f"{seconds:g} s are asked for and " if seconds is not None else ""
+                raise WeftError(
+                    f"record {record.id}: {wanted}start and end are {given:.3g} s, this model makes {longest:.3g} s in "
+                    "one go, both included: shorten them, or change the seconds"
+                )
 
     def _moved(
         self, records: Sequence[Record], codes: Sequence[Tensor], steps: Sequence[int], seeds: Sequence[int],
