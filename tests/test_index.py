@@ -94,6 +94,21 @@ def test_an_index_of_another_file_or_time_is_not_used(tmp_path: Path, monkeypatc
     assert len(done) == 5 and [r.id for r in load(path)] == ["r2", "r1"] and len(done) == 5
 
 
+def test_a_row_whose_picture_has_come_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "p", "target": f"{k}.png"}) + "\n" for k in range(3)))
+    for k in (0, 1):
+        (tmp_path / f"{k}.png").write_bytes(b"x")
+    done = scans(monkeypatch)
+    assert len(load(path)) == 2 and load(path).faults[0].startswith(f"{path}:3: target: no such file")
+    assert len(done) == 1
+    (tmp_path / "2.png").write_bytes(b"x")
+    assert len(load(path)) == len(load(path)) == 3 and load(path).faults == [] and len(done) == 2
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(WeftError, match=r"d.jsonl:1: target: no such file"):  # as training meets it, and leaves it out
+        load(path)[0]
+
+
 def test_where_nothing_can_be_written_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text(row(1) + "\n")

@@ -52,23 +52,24 @@ class Indexed(Lazy):
 
 def indexed(path: Path, make: Make, facts: str, limit: int | None, ids: str, notes: list[str]) -> Indexed:
     """The records of a JSONL file, of its first `limit` rows. The index of a large one is kept beside it and is valid
-    while the file's size and time of change and the `facts` (all that `make` depends on) stay; `notes` says where that
-    is not possible. `ids` is what to do about an id that stands there twice."""
+    while the file's place, size and time of change and the `facts` (all that `make` depends on) stay, and no bad row
+    has become good (its picture may have come); `notes` says where it cannot be kept. `ids` is what to do about an id
+    that stands there twice."""
     if not path.is_file():
         raise WeftError(f"{path}: no such file: check the path")
     now = stamp(path.stat())
-    print_ = hashlib.sha256(json.dumps([VERSION, SCHEMA, facts, limit, *now]).encode()).digest()
+    print_ = hashlib.sha256(json.dumps([VERSION, SCHEMA, str(path.absolute()), facts, limit, *now]).encode()).digest()
     name = hashlib.sha256(json.dumps([facts, limit]).encode()).hexdigest()[:8]
     kept = path.with_name(f"{path.name}.{name}.index")
     found = _kept(kept, print_)
-    if found is None:
+    if found is None or _mended(path, make, found[2]):
         found = _scan(path, make, limit, ids)
         if now[0] >= KEEP:
             try:
                 _keep(kept, print_, *found)
             except WeftError as error:
                 notes.append(f"its index cannot be kept, every start reads it whole: {error}")
-    opened = Indexed(path, make, *found)
+    opened = Indexed(path, make, *found[:2])
     if opened._stamp != now:
         raise WeftError(f"{path} has changed while it was read: start again")
     return opened
@@ -98,34 +99,53 @@ def parse(line: bytes) -> Any:
         raise WeftError(f"row: not JSON ({error}): write one object a line") from error
 
 
-def _scan(path: Path, make: Make, limit: int | None, ids: str) -> tuple[np.ndarray, list[str]]:
-    rows, faults, seen = list[tuple[int, int, int, int]](), list[str](), dict[str, int]()
+Found = tuple[np.ndarray, list[str], np.ndarray]
+"""`Indexed.rows`, the faults, and the rows of those that may be mended without a change of the file."""
+
+
+def _scan(path: Path, make: Make, limit: int | None, ids: str) -> Found:
+    rows, bad = list[tuple[int, int, int, int]](), list[tuple[int, int, int, int]]()
+    faults, seen = list[str](), dict[str, int]()
     for number, (line, start, data) in enumerate(lines(path)):
         if number == limit:
             break
+        place = (start, len(data), line, number)
         try:
             record = make(parse(data), number)
-            if record.id in seen:
-                raise WeftError(f"id: '{short(record.id)}' stands at {path}:{seen[record.id]} too: {ids}")
         except WeftError as error:
             faults.append(f"{path}:{line}: {error}")
+            bad.append(place)
+            continue
+        if record.id in seen:
+            faults.append(f"{path}:{line}: id: '{short(record.id)}' stands at {path}:{seen[record.id]} too: {ids}")
             continue
         seen[record.id] = line
-        rows.append((start, len(data), line, number))
-    return np.array(rows, dtype=np.int64).reshape(-1, 4), faults
+        rows.append(place)
+    return np.array(rows, dtype=np.int64).reshape(-1, 4), faults, np.array(bad, dtype=np.int64).reshape(-1, 4)
 
 
-def _keep(kept: Path, print_: bytes, rows: np.ndarray, faults: list[str]) -> None:
+def _mended(path: Path, make: Make, bad: np.ndarray) -> bool:
+    again = Indexed(path, make, bad, [])
+    for k in range(len(bad)):
+        try:
+            again[k]
+            return True
+        except WeftError:
+            continue
+    return False
+
+
+def _keep(kept: Path, print_: bytes, rows: np.ndarray, faults: list[str], bad: np.ndarray) -> None:
     with atomic_write(kept) as handle:
         text = np.frombuffer(json.dumps(faults).encode(), dtype=np.uint8)
-        np.savez(handle, print=np.frombuffer(print_, dtype=np.uint8), rows=rows, faults=text)
+        np.savez(handle, print=np.frombuffer(print_, dtype=np.uint8), rows=rows, faults=text, bad=bad)
 
 
-def _kept(kept: Path, print_: bytes) -> tuple[np.ndarray, list[str]] | None:
+def _kept(kept: Path, print_: bytes) -> Found | None:
     try:
         with np.load(kept) as data:
             if data["print"].tobytes() == print_ and data["rows"].shape[1:] == (4,):
-                return data["rows"], json.loads(data["faults"].tobytes())
+                return data["rows"], json.loads(data["faults"].tobytes()), data["bad"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # none, or of another time: the file is read
     return None
