@@ -413,9 +413,12 @@ def test_describe_takes_a_metaquery_folder_and_a_release_says_what_to_give(folde
     ask = ["describe", str(tmp_path / "a.png"), "what is it?", "--max-tokens", "4", "--device", "cpu"]
     answers = []
     model.save(tmp_path / "saved")  # its weft.json names the VLM
-    for option, folder in (("--vlm", tmp_path / "saved"), ("--model", tmp_path / "saved"), ("--vlm", folders[1])):
+    vlm = shutil.copytree(folders[1], tmp_path / "Qwen2.5-VL-3B-Instruct")
+    for option, folder in (("--vlm", tmp_path / "saved"), ("--model", tmp_path / "saved"), ("--vlm", vlm)):
         assert main([*ask, option, str(folder)]) == 0
-        answers.append(capsys.readouterr().out)
+        said = capsys.readouterr()
+        answers.append(said.out)
+        assert (f"licence of {folder}: weights: Qwen Research License" in said.err) == (folder == vlm)
     assert answers[0].strip() and len(set(answers)) == 1
     assert main([*ask, "--model", str(folders[0])]) != 0
     said = capsys.readouterr().err

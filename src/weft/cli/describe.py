@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -63,7 +64,7 @@ class Describe:
         return loading.load_motion().describe(self.file, self.question or QUESTION)
 
     def _pictures(self) -> str:
-        from weft.models.rewriter import open_vlm
+        from weft.models.rewriter import open_vlm, vlm_licence
         from weft.record import Turn, image_part, text_part
         from weft.vlm.ask import Ask
 
@@ -77,6 +78,8 @@ class Describe:
             refuse(self, allowed, "for pictures with --vlm")
         parts = [image_part(path.absolute()) for path in (self.file, *self.also)]
         vlm = open_vlm(where, model=self.vlm_model, key_env=self.key_env, device=self.device, dtype=self.dtype)
+        if licence := vlm_licence(where, self.vlm_model):
+            print(f"licence of {where}: {licence}", file=sys.stderr)
         question = text_part(self.question or QUESTION)
         (reply,) = vlm.ask([[Turn("user", [*parts, question])]], Ask(max_tokens=self.max_tokens, top=0))
         if reply.error is not None:

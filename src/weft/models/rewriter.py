@@ -213,6 +213,11 @@ def open_vlm(
     return load_vlm(vlm_folder(where), device=device, dtype=dtype)
 
 
+def vlm_licence(where: str | Path, model: str | None = None) -> str | None:
+    """What is known about the licence of a VLM, by its folder or hub id; of one on a server by its name there."""
+    return licence_note(model or "" if _is_address(where) else where)
+
+
 def vlm_folder(where: str | Path) -> Path:
     """The VLM's own folder of a folder or hub id: inside a DreamOmni2 release, or the one that a MetaQuery model reads
     with. Raises WeftError if there is none, as in a MetaQuery release, which does not say what it reads with."""
@@ -247,7 +252,7 @@ def open_rewriter(
 ) -> Rewriter:
     """A `Rewriter` on the VLM at `where` (see `open_vlm`). `fit`, `structured` and `edit_fields` make its `Form`; None
     takes what the VLM's folder says, else the defaults."""
-    licence = licence_note(model or "" if _is_address(where) else where)
+    licence = vlm_licence(where, model)
     where = where if _is_address(where) else vlm_folder(where)
     own = {} if _is_address(where) else read_json(Path(where) / "weft.json").get("rewriter", {})
     given = {"fit": fit, "structured": structured, "edit_fields": None if edit_fields is None else tuple(edit_fields)}
