@@ -138,6 +138,13 @@ def test_what_only_a_batch_can_not_do_is_no_fault_of_a_record(tmp_path):
     assert not trainer.feed.unusable.met and newest(tmp_path).name == "step-000000"
 
 
+def test_what_looks_at_the_data_first_does_not_end_the_run(tmp_path, picture):
+    trainer = Trainer(read_recipe(broken(tmp_path / "a", picture, 3)), {}, quiet)
+    trainer.model.notes = lambda records: [str(r.load(r.source).size) for r in records if r.source is not None]
+    (note, _) = [*trainer.feed.notes(), None]
+    assert "no closer look before the first step" in note and "cut.jpg is damaged" in note
+
+
 def test_held_out_records_are_left_out_too(tmp_path, picture):
     heard: list[str] = []
     held = {"source": source(6, start=9.0, broken=[2], picture=picture), "count": 6}

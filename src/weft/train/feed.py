@@ -139,7 +139,10 @@ class Feed:
             if hasattr(self.trainable, "notes"):
                 most = min(len(source), LOOK_AT if item.source.call is None else LOOK_AT // 40)
                 rows = np.linspace(0, len(source) - 1, most).astype(int).tolist()
-                own += self.trainable.notes([source[i] for i in rows])
+                try:
+                    own += self.trainable.notes([source[i] for i in rows])
+                except WeftError as error:  # of one record, which is left out when its turn comes
+                    own.append(f"no closer look before the first step: {error}")
             found += [f"{item.source.path or item.source.call}: {note}" for note in own]
         return found
 
