@@ -43,7 +43,37 @@ def test_geneval_is_the_public_reward() -> None:
         public, ours = scored(True), scored(False)
         assert public.value == pytest.approx(row["dense"], abs=1e-9)
         assert public.parts["strict"] == ours.parts["strict"] == float(row["strict"])
+        assert public.parts["accuracy"] == ours.parts["accuracy"] == float(row["accuracy"])
         assert ours.value is not None and ours.value <= row["dense"] + 1e-9
+
+
+def test_geneval_accuracy_is_not_the_strict_one() -> None:
+    boxes = [(0, 0, 9, 9), (20, 0, 29, 9), (40, 0, 49, 9)]
+    dogs = [Found("dog", 0.9 - 0.1 * k, box) for k, box in enumerate(boxes)]
+    asked: list[tuple[int, str]] = []
+
+    def colours(image: Any, things: Any) -> list[str]:
+        asked.append((len(things), things[0].name))
+        return ["red", "red", "blue"][: len(things)]
+
+    def parts(row: list[dict[str, Any]], exclude: Any = None, **options: Any) -> Any:
+        meta = {"include": row, "tag": "x"} | ({"exclude": exclude} if exclude else {})
+        return GenEval(lambda images: [dogs], colours, **options)([(make_record("x", meta=meta), GREY)])[0]
+
+    two = {"class": "dog", "count": 2}
+    assert parts([two]).parts == {"dense": 0.5, "strict": 0.0, "accuracy": 1.0}, "a third dog does no harm"
+    assert parts([two], mode="accuracy").value == 1
+    assert parts([two], [{"class": "dog", "count": 3}]).parts["accuracy"] == 0
+    assert parts([two], [{"class": "dog", "count": 4}, {"class": "cat", "count": 1}]).parts["accuracy"] == 1
+    assert parts([two | {"color": "red"}]).parts["accuracy"] == 1, "the two most confident"
+    assert parts([two | {"color": "blue"}]).parts["accuracy"] == 0
+    three = {"class": "dog", "count": 3, "color": "red"}
+    asked.clear()
+    assert parts([three]).parts == {"dense": pytest.approx(5 / 6), "strict": 0.0, "accuracy": 0.0}
+    assert asked == [(3, "dog")], "colours are told once"
+    assert parts([two], [{"class": "dog"}]).value is None, "an exclude that is no clause"
+    with pytest.raises(WeftError, match="dense, strict or accuracy"):
+        GenEval(lambda images: [dogs], mode="right")  # type: ignore[arg-type]
 
 
 def test_geneval_confidence_and_missing(tmp_path: Path) -> None:

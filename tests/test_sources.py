@@ -123,6 +123,35 @@ def test_prompts_without_targets(media: Path) -> None:
     assert check_records(SourceConfig("jsonl", str(media / "train_metadata.jsonl"))).without_target == 2
 
 
+def test_a_list_of_prompts(tmp_path: Path) -> None:
+    """flow_grpo's and DiffusionNFT's dataset/*/train.txt: one prompt a line."""
+    path = tmp_path / "train.txt"
+    path.write_bytes('\ufeffa "red {star}"\r\n\n  caf\u00e9, 5 o\'clock \na "red {star}"\nno end'.encode())
+    records = load("prompts", path)
+    assert [r.instruction for r in records] == ['a "red {star}"', "caf\u00e9, 5 o'clock", 'a "red {star}"', "no end"]
+    assert [r.id for r in records] == [f"train-{k:07d}" for k in range(4)]
+    assert {(r.task, r.target, r.root) for r in records} == {("generate", None, tmp_path)}
+    assert len(load_source(SourceConfig("prompts", str(path), limit=2))) == 2
+    assert load_source(SourceConfig("prompts", str(path), task="draw"))[0].task == "draw"
+    write_records(tmp_path / "r.jsonl", records)
+    assert [r.instruction for r in read_records(tmp_path / "r.jsonl")] == [r.instruction for r in records]
+    path.write_bytes(b"fine\n\xff\xfe\nold\x00\n")
+    with pytest.raises(WeftError, match=r"2 of 3 rows are bad.*train.txt:2: prompt: not UTF-8 \(byte 1.*:3: .*control"):
+        load_source(SourceConfig("prompts", str(path)))
+    found = load_source(SourceConfig("prompts", str(path), options={"max_faults": 0.7}))
+    assert [r.id for r in found] == ["train-0000000"]
+    for settings, message in (
+        ({"map": {"instruction": "x"}}, "one prompt a line, which has no columns"),
+        ({"path": str(tmp_path / "no.txt")}, "no.txt: no such file"),
+        ({"options": {"root": "x"}}, "'root' .* is unknown"),
+    ):
+        with pytest.raises(WeftError, match=message):
+            load_source(SourceConfig(**({"kind": "prompts", "path": str(path)} | settings)))  # type: ignore[arg-type]
+    path.write_text("\n \n")
+    with pytest.raises(WeftError, match="holds no record"):
+        load_source(SourceConfig("prompts", str(path)))
+
+
 def test_prompts_of_geneval_keep_what_their_reward_reads(media: Path) -> None:
     """Rows as in the metadata of GenEval and of Flow-GRPO's training set."""
     asked = [{"class": "bench", "count": 2, "color": "red"}]

@@ -261,6 +261,20 @@ def test_ema_follows_its_formula():
     assert float(ema.shadow["p"]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_ema_of_every_eighth_update_is_that_of_flow_grpo():
+    """flow_grpo/ema.py: update n counts when n + 1 is a multiple of the interval, with the decay of that n."""
+    parameter = nn.Parameter(torch.tensor([1.0]))
+    ema, expected = Ema({"p": parameter}, 0.9, every=8), 1.0
+    for n in range(1, 41):
+        parameter.data.fill_(float(n))
+        ema.update(n)
+        if n in (7, 15, 23, 31, 39):
+            expected += (1 - min(0.9, (1 + n) / (10 + n))) * (n - expected)
+        assert float(ema.shadow["p"]) == pytest.approx(expected, rel=1e-5), n
+    with pytest.raises(WeftError, match="ema.every is 0"):
+        Ema({"p": parameter}, 0.9, every=0)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("constant", [0.1, 0.55, 1, 1, 1]), ("linear", [0.1, 0.55, 1, 0.6, 0.2]), ("cosine", [0.1, 0.55, 1, 0.6, 0.2])],

@@ -105,10 +105,11 @@ class Convert:
     --to, motion files become other motion files."""
 
     source: Positional[Path]
-    """What to read: a JSONL file, a folder of pairs, parquet files, webdataset shards, motion files."""
+    """What to read: a JSONL file, a text file of prompts, a folder of pairs, parquet files, webdataset shards,
+    motion files."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE.jsonl|FILE|FOLDER")]
     """The records file to write (media go into the folder beside it), or the motion file or folder."""
-    kind: Literal["jsonl", "folder", "parquet", "webdataset", "motion", "humanml3d"] = "jsonl"
+    kind: Literal["jsonl", "prompts", "folder", "parquet", "webdataset", "motion", "humanml3d"] = "jsonl"
     """The source's kind."""
     map: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[FIELD=COLUMN ...]")] = ()
     """Which column of the source holds which field, as instruction=prompt."""

@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import json
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from weft.record import Record, record_from_dict, relative_path
 MAX_FAULTS = 0.02  # of all rows: above it, something is wrong with the whole, not with a row
 _OPTIONS = {
     "jsonl": ("max_faults", "root", "downloads"),
+    "prompts": ("max_faults",),
     "folder": ("max_faults", "target", "source", "references", "mask", "captions"),
     "parquet": ("max_faults",),
     "webdataset": ("max_faults",),
@@ -36,10 +38,11 @@ _OPTIONS = {
 class SourceConfig:
     """Where records come from.
 
-    `kind`: `jsonl` (weft's records, or any rows: `.jsonl`, `.json`), `folder` (pictures by stem), `parquet` and
-    `webdataset` (a file, a folder of them, or a glob pattern), `motion` (motion files with captions), `humanml3d` (a
-    folder in HumanML3D's layout), `python` (`path` is `file.py:function` or
-    `package.module:function`, called with `options` as keywords, returning a sequence of records).
+    `kind`: `jsonl` (weft's records, or any rows: `.jsonl`, `.json`), `prompts` (a text file with one instruction a
+    line, as flow_grpo's and DiffusionNFT's `train.txt`), `folder` (pictures by stem), `parquet` and `webdataset` (a
+    file, a folder of them, or a glob pattern), `motion` (motion files with captions), `humanml3d` (a folder in
+    HumanML3D's layout), `python` (`path` is `file.py:function` or `package.module:function`, called with `options` as
+    keywords, returning a sequence of records).
 
     `map` names the column of each field (`weft.data.columns`), `limit` takes the first so many rows, `task` overrides
     the task. Options: `max_faults` (share of bad rows that is skipped, default 0.02); jsonl: `root` (the folder of
@@ -115,6 +118,11 @@ def read_source(config: SourceConfig) -> Source:
             return record
 
         return _indexed(config, own, "ids must differ")
+    if config.kind == "prompts":
+        if config.map:
+            raise WeftError(f"map: {path} holds one prompt a line, which has no columns: remove the map")
+        named = replace(config, map={"instruction": "prompt"})
+        return Source(list(_converted(_prompts(path), named, path.parent, faults)), faults)
     if config.kind == "folder":
         if config.map:
             raise WeftError(f"map: {path} is a folder of pictures, which has no columns: remove the map")
@@ -274,6 +282,21 @@ def _row(item: Any, downloads: str | None) -> Row | WeftError:
 
 def _is_url(value: Any) -> bool:
     return isinstance(value, str) and value.startswith(("http://", "https://"))
+
+
+def _prompts(path: Path) -> Rows:
+    """The lines of a text file that hold anything, as rows."""
+    if not path.is_file():
+        raise WeftError(f"{path}: no such file: check the path")
+    for number, _, line in lines(path):
+        where = f"{path}:{number}"
+        try:
+            text = line.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            yield where, WeftError(f"prompt: not UTF-8 (byte {error.start + 1} of the line): save the file as UTF-8")
+            continue
+        bad = any(unicodedata.category(letter) == "Cc" and letter != "\t" for letter in text)
+        yield where, WeftError("prompt: control characters: is this a text file?") if bad else {"prompt": text}
 
 
 # -- movements --

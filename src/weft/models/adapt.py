@@ -191,14 +191,21 @@ SAVED = (
 class Ema:
     """fp32 shadow of named parameters: shadow = d * shadow + (1 - d) * parameter after each optimiser step.
 
-    With `warmup`, d = min(decay, (1 + n) / (10 + n)) at update n (from 0), so the start is forgotten soon.
+    With `warmup`, d = min(decay, (1 + n) / (10 + n)) at update n (from 0), so the start is forgotten soon. Of `every`
+    so many updates only the last moves the shadow (update_step_interval in yifan123/flow_grpo, flow_grpo/ema.py).
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], decay: float, *, warmup: bool = True) -> None:
-        self.parameters, self.decay, self.warmup = parameters, decay, warmup
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], decay: float, *, warmup: bool = True, every: int = 1
+    ) -> None:
+        if every < 1:
+            raise WeftError(f"ema.every is {every}: the average never moves, give 1 or more")
+        self.parameters, self.decay, self.warmup, self.every = parameters, decay, warmup, every
         self.shadow = {k: p.detach().to(torch.float32, copy=True) for k, p in parameters.items()}
 
     def update(self, n: int) -> None:
+        if (n + 1) % self.every:
+            return
         decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
         current = [p.detach().float() for p in self.parameters.values()]
         torch._foreach_lerp_(list(self.shadow.values()), current, 1 - decay)

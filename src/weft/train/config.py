@@ -112,11 +112,13 @@ class OptimRecipe:
 @dataclass(slots=True)
 class EmaRecipe:
     """Exponential moving average of the trained weights; with `warmup` decay(n) = min(decay, (1 + n) / (10 + n)),
-    n counting the updates before this one from `start` (DiffusionNFT: 1)."""
+    n counting the updates before this one from `start` (DiffusionNFT: 1). Only every so many updates, when n + 1 is a
+    multiple of `every`, the average moves (flow_grpo: 8)."""
 
     decay: float = 0.999
     warmup: bool = True
     start: int = 0
+    every: int = 1
 
 
 @dataclass(slots=True)

@@ -88,7 +88,7 @@ class Trainer:
         self.buffers = Buffers(self.trained)
         self.optimizers = Optimizers(self.trained, recipe.optim, settings.steps)
         ema = settings.ema
-        self.ema = Ema(self.parameters, ema.decay, warmup=ema.warmup) if ema is not None else None
+        self.ema = Ema(self.parameters, ema.decay, warmup=ema.warmup, every=ema.every) if ema is not None else None
         self.ema_start = ema.start if ema is not None else 0
         self.feed = Feed(recipe, self.model, self.trained, self.processes, self.say)
         setting = Setting(

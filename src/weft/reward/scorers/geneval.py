@@ -1,8 +1,9 @@
 """GenEval as a reward: are the things there, in the right number, colour and place? Over any detector.
 
-Two numbers: the dense reward that Flow-GRPO trains on, and whether everything is exactly right (yifan123/reward-server,
+Three numbers: the dense reward that Flow-GRPO trains on, whether everything is exactly right, and GenEval's official
+accuracy, to which more things than asked for do no harm unless the row excludes them (yifan123/reward-server,
 reward_server/gen_eval.py, after GenEval, arXiv 2310.11513). A record's `meta` holds GenEval's row: `tag`, `include`
-(class, count, color, position), optionally `exclude`.
+(class, count, color, position), optionally `exclude` (class, count: so many are too many).
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ class Found:
 
 Detector = Callable[[Sequence[Image.Image]], Sequence[Sequence[Found]]]
 Colours = Callable[[Image.Image, Sequence[Found]], Sequence[str]]
+Told = Callable[[str, int], list[str]]  # the colours of the first so many things of a class
 
 
 class GenEval:
-    """The dense reward, or with `mode="strict"` 1 or 0; the parts hold both (`dense`, `strict`).
+    """The dense reward, or with `mode` "strict" or "accuracy" 1 or 0; the parts hold all three under these names.
 
     `parity` keeps a slip of the public code, which adds a full point for a position even where it is wrong.
     The dense reward may be negative: three things too many of one asked for give -2. Missing: without an `include`,
@@ -63,14 +65,14 @@ class GenEval:
         self,
         detector: Detector | str,
         colours: Colours | str | None = None,
-        mode: Literal["dense", "strict"] = "dense",
+        mode: Literal["dense", "strict", "accuracy"] = "dense",
         parity: bool = False,
     ) -> None:
         """`detector`: a function from pictures to what is in each, or the folder of a transformers detector.
         `colours`: the colour of each thing found in a picture, or the folder of a CLIP model that tells it
         (openai/clip-vit-large-patch14 in GenEval). Functions may be named as `file.py:name`."""
-        if mode not in ("dense", "strict"):
-            raise WeftError(f"mode {mode!r} is unknown: use dense or strict")
+        if mode not in ("dense", "strict", "accuracy"):
+            raise WeftError(f"mode {mode!r} is unknown: use dense, strict or accuracy")
         if isinstance(detector, str):
             detector = resolve(detector) if ":" in detector else TransformersDetector(detector)
         if isinstance(colours, str):
@@ -96,14 +98,22 @@ class GenEval:
         for thing in sorted(things, key=lambda thing: -thing.confidence):
             if thing.confidence > least and len(seen.get(thing.name, [])) < MOST:
                 seen.setdefault(thing.name, []).append(thing)
+        colours: dict[str, list[str]] = {}
+
+        def told(name: str, count: int) -> list[str]:
+            if name not in colours and self.colours is not None:
+                colours[name] = list(self.colours(image, seen[name]))
+            return colours[name][:count]
+
         try:
-            dense, strict = self._judge(include, seen, image)
+            dense, strict = self._judge(include, seen, told)
+            parts = {"dense": dense, "strict": float(strict), "accuracy": float(_accurate(row, seen, told))}
         except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
             return Score(None, reason=f"meta.include is no GenEval row: {type(error).__name__} {error}")
-        return Score(dense if self.mode == "dense" else float(strict), {"dense": dense, "strict": float(strict)})
+        return Score(parts[self.mode], parts)
 
     def _judge(
-        self, include: Sequence[Mapping[str, Any]], seen: Mapping[str, list[Found]], image: Image.Image
+        self, include: Sequence[Mapping[str, Any]], seen: Mapping[str, list[Found]], told: Told
     ) -> tuple[float, bool]:
         points: list[float] = []
         groups: list[list[Found] | None] = []  # the things of each clause, None where it is not met
@@ -113,8 +123,8 @@ class GenEval:
             met = len(things) == count
             if not met and ("color" in clause or "position" in clause):
                 points.append(0.0)
-            if met and "color" in clause and self.colours is not None:
-                right = list(self.colours(image, things)).count(clause["color"])
+            if met and "color" in clause:
+                right = told(clause["class"], count).count(clause["color"])
                 points.append(1 - abs(count - right) / count)
                 met = right == count
             if met and "position" in clause:
@@ -127,6 +137,25 @@ class GenEval:
                     points.append(1.0)
             groups.append(things if met else None)
         return float(np.mean(points)), all(group is not None for group in groups)
+
+
+def _accurate(row: Mapping[str, Any], seen: Mapping[str, list[Found]], told: Told) -> bool:
+    """GenEval's own rule (`evaluate` of the public code): of each class its most confident things, as many as asked
+    for, have the colour and place, and of none that is excluded there are too many."""
+    groups: list[list[Found] | None] = []
+    for clause in row["include"]:
+        count = int(clause["count"])
+        things = seen.get(clause["class"], [])[:count]
+        met = len(things) == count
+        if met and "color" in clause:
+            met = told(clause["class"], count).count(clause["color"]) == count
+        if met and "position" in clause:
+            relation, target = clause["position"]
+            others = groups[target]
+            met = others is not None and all(relation in relations(a, b) for a in things for b in others)
+        groups.append(things if met else None)
+    surplus = [len(seen.get(clause["class"], ())) >= int(clause["count"]) for clause in row.get("exclude") or ()]
+    return None not in groups and not any(surplus)
 
 
 def relations(a: Found, b: Found) -> set[str]:
