@@ -188,6 +188,12 @@ def test_every_reward_is_watched_by_something_that_is_not_trained_on():
         assert not scorers or any(s.get("watch") for s in scorers), path
 
 
+def test_flow_grpo_averages_every_eighth_update():
+    for name in ("fast_cps", "full", "guard", "mix"):  # update_step_interval=8 in scripts/train_sd3.py
+        ema = read_recipe(ROOT / "recipes" / "flow_grpo" / f"{name}.yaml").run.ema
+        assert (ema.decay, ema.start, ema.every) == (0.9, 1, 8), name
+
+
 def test_the_published_numbers_of_edit_r1_and_pdtr():
     for name in ("kontext", "qwen_image_edit_2509"):
         recipe = read_recipe(ROOT / "recipes" / "edit_r1" / f"{name}.yaml")
