@@ -368,8 +368,8 @@ def test_the_command_keeps_its_samples(tmp_path: Path, capsys, monkeypatch) -> N
 @shipped
 def test_the_shipped_judge_agrees_with_the_truth_and_is_not_talked_round() -> None:
     some = records("test", count=48, seed=21)[:]
-    base = world_records("test", count=24, seed=22, tasks=["edit"])[:]
-    report = evaluate_judge(Judge("tiny-judge"), {"drawn": some}, attacked=base)
+    base = world_records("test", count=8, seed=22, tasks=["edit"])[:]
+    report = evaluate_judge(Judge("tiny-judge", batch_size=64), {"drawn": some}, attacked=base)
     assert report.groups["drawn"].rank is not None and report.groups["drawn"].rank.value > 0.6
     assert report.attacks["copy of the source"].fooled.value < 0.2
     assert report.attacks["instruction talks, copy, unseen words"].gain.value < 0.2  # type: ignore[union-attr]
