@@ -300,8 +300,8 @@ def _text(config: Recipe, folder: Path | None, modules: dict[str, Any]) -> Calla
             own = read_json(part_folder(folder, "tokenizer_2") / "tokenizer_config.json")
             length = min(length, own.get("model_max_length", length))
     else:
-        own = (None if folder is None else family_of(folder).options) or QwenOptions
-        fields = {field.name: field.default for field in dataclasses.fields(own)}
+        known = (None if folder is None else family_of(folder).options) or QwenOptions
+        fields = {field.name: field.default for field in dataclasses.fields(known)}
         area = options.get("condition_area", fields["condition_area"])
         return lambda pictures: WORDS + pictures * area / 28**2
     return lambda pictures: float(length)
