@@ -119,9 +119,10 @@ def _judged(shows: Mapping[str, str], before: Mapping[str, str], wanted: Mapping
 
 def _beside(shown: str, right: str) -> str:
     """Each word of what is `shown` and then of what should be there, "no" after two that differ: one look a word."""
-    pairs = list(zip(shown.split(), right.split(), strict=False))
-    if len(shown.split()) != len(right.split()):
+    words, others = shown.split(), right.split()
+    if len(words) != len(others):
         return f"{shown} {right} no"
+    pairs = zip(words, others, strict=True)
     return " ".join(f"{word} {other}" if word == other else f"{word} {other} no" for word, other in pairs)
 
 
