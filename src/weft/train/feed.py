@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,13 @@ from torch import nn
 from weft.data.cache import ExampleCache, example_key
 from weft.data.sampler import Sampler, Span
 from weft.errors import WeftError
-from weft.media import LazyPicture
 from weft.record import Record
 from weft.train.config import Recipe, SourceRecipe, StageRecipe, load_object, nearest
 from weft.train.digests import code_digest, content_digest, fingerprint
+from weft.train.fed import Fed, Row
 from weft.train.parallel import Processes
 from weft.train.sizes import Size, SizeTable, nearest_size, sized, stage_sizes
-from weft.train.unusable import Row, Unusable
+from weft.train.unusable import Unusable, read_pictures
 from weft.types import Condition, Example, Trainable
 
 Placed = tuple[Row, Record]
@@ -52,43 +51,6 @@ def open_source(config: SourceRecipe) -> Sequence[Record]:
         given = dataclasses.asdict(config)
         records = load_source(SourceConfig(**{k: v for k, v in given.items() if k in fields}))
     return records[: config.limit] if config.limit is not None and len(records) > config.limit else records
-
-
-def read_pictures(record: Record) -> None:
-    """Decode all pictures of a record once. Raises WeftError for one that cannot be used."""
-    for part in (part for turn in record.turns for part in turn.parts if part.type == "image"):
-        if part.path is not None or isinstance(part.value, LazyPicture):  # others are there
-            part.load(record.root)
-
-
-@dataclass(slots=True)
-class Fed:
-    """This process's examples of one optimiser step with their record ids (unique within the step).
-
-    `count` examples make the whole step over all processes, `micro` of them one micro-batch; `pieces` are the lengths
-    of the micro-batches where they differ. `group` and `metrics` are for the log. `faults` are this process's samples
-    that are left out (`count` has them until all processes agree), `error` is why there is no batch at all.
-    """
-
-    group: str
-    examples: list[Any]
-    ids: list[str]
-    count: int
-    micro: int
-    pieces: list[int] | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    faults: list[tuple[Row, str]] = field(default_factory=list)
-    error: Exception | None = None
-
-    def cut(self) -> Iterator[tuple[list[Any], list[str]]]:
-        """The micro-batches and their ids."""
-        starts = range(0, len(self.examples), self.micro)
-        lengths = self.pieces if self.pieces is not None else [self.micro] * len(starts)
-        start = 0
-        for length in lengths:
-            if length:  # all of a micro-batch can be left out
-                yield self.examples[start : start + length], self.ids[start : start + length]
-            start += length
 
 
 class Feed:

@@ -14,7 +14,8 @@ from weft.record import Record
 from weft.report.sheet import contact_sheet
 from weft.sample.rollout import sample_flow
 from weft.train.config import GridRecipe
-from weft.train.feed import Feed, open_source, read_pictures
+from weft.train.feed import Feed, open_source
+from weft.train.unusable import read_pictures
 from weft.types import FlowModel, Trainable
 
 

@@ -22,7 +22,8 @@ from weft.rng import seed_of
 from weft.train.checkpoint import differences, newest, read_checkpoint, write_checkpoint
 from weft.train.config import Recipe, plain, read_recipe
 from weft.train.exports import write_export
-from weft.train.feed import Fed, Feed, open_source
+from weft.train.fed import Fed
+from weft.train.feed import Feed, open_source
 from weft.train.method import Method, Setting, make_method
 from weft.train.optim import Optimizers
 from weft.train.parallel import Processes

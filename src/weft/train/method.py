@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from weft.errors import WeftError
 from weft.train.config import Recipe, load_object, nearest
-from weft.train.feed import Fed, Feed
+from weft.train.fed import Fed
+from weft.train.feed import Feed
 from weft.train.parallel import Processes
 from weft.types import Draw, Example, Loss
 

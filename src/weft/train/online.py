@@ -26,7 +26,7 @@ from weft.rng import numpy_rng
 from weft.sample import kernels
 from weft.sample.solvers import SOLVERS
 from weft.train.config import load_object, nearest
-from weft.train.feed import Fed
+from weft.train.fed import Fed
 from weft.train.geometry import RewardRecipe, RolloutRecipe, ScorerRecipe, check_geometry
 from weft.train.method import Setting
 from weft.train.policy import Policies

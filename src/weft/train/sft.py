@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weft.errors import WeftError
 from weft.train.config import build
-from weft.train.feed import Fed
+from weft.train.fed import Fed
 from weft.train.method import Setting
 from weft.types import Draw, Example, FlowModel, Loss, Trainable
 

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 from weft.data.sources import refuse_faults
 from weft.errors import WeftError
+from weft.media import LazyPicture
+from weft.record import Record
+from weft.train.fed import Fed, Row
 from weft.train.parallel import Processes
 
-Row = tuple[int, int]  # number of the source, number of the record in it
 
-
-class Made(Protocol):
-    """Of `weft.train.feed.Fed`: the samples of all processes, and what went wrong in this one."""
-
-    count: int
-    faults: list[tuple[Row, str]]
-    error: Exception | None
+def read_pictures(record: Record) -> None:
+    """Decode all pictures of a record once. Raises WeftError for one that cannot be used."""
+    for part in (part for turn in record.turns for part in turn.parts if part.type == "image"):
+        if part.path is not None or isinstance(part.value, LazyPicture):  # others are there
+            part.load(record.root)
 
 
 class Unusable:
@@ -45,7 +44,7 @@ class Unusable:
             refuse_faults(faults, self.rows[s], self.limit, self.names[s])
         return list(news.values())
 
-    def agree(self, fed: Made, processes: Processes) -> tuple[list[str], str | None]:
+    def agree(self, fed: Fed, processes: Processes) -> tuple[list[str], str | None]:
         """What this step leaves out, known to all processes and taken off `fed.count`: the records that are new, and
         why the run has to end (None: it goes on), the same in all of them."""
         lost, failed = processes.sum(float(len(fed.faults)), float(fed.error is not None))
