@@ -1,5 +1,6 @@
 # make tour   the whole system on the tiny models, one HTML report (tour/report.html)
-# make test   the tests          make test-all   the slow ones, too          make lint   ruff and mypy
+# make test   the tests          make test-fast   without the slow ones      make test-all   the long ones, too
+# make lint   ruff and mypy
 # make tiny-omni, make tiny-rewriter   train what recipes/tiny says, on two cores: hours; goes on where it was stopped
 #
 # All create the environment first (.venv, once). torch is installed alone and first, so that nothing else can pull
@@ -24,7 +25,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 TRAIN := OMP_NUM_THREADS=1 $(VENV)/bin/python -m torch.distributed.run --standalone --nproc_per_node=2 -m weft.train
 
-.PHONY: tiny-omni tiny-rewriter venv tour test test-all lint pins clean-venv
+.PHONY: tiny-omni tiny-rewriter venv tour test test-fast test-all lint pins clean-venv
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -50,6 +51,9 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 
 
 test: venv
 	$(PYTEST) $(TEST_ARGS)
+
+test-fast: venv
+	$(PYTEST) -m 'not slow' $(TEST_ARGS)
 
 test-all: venv
 	$(PYTEST) -m '' $(TEST_ARGS)

@@ -40,7 +40,7 @@ def test_the_control_costs_as_much(headline, tmp_path):
     assert made["nft"].data[0].source.args == made["control"].data[0].source.args, "the same requests"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_small_headline_run_writes_its_report_and_resumes(headline, tmp_path, capsys):
     folder = tiny_kontext_folder(tmp_path / "tiny")
     out = tmp_path / "out"

@@ -150,7 +150,7 @@ def test_sizes_are_kept_until_the_picture_changes(tmp_path: Path) -> None:
         sizes()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_hundred_thousand_rows_take_seconds(tmp_path: Path) -> None:
     """Prints seconds and memory; `-rP` shows them."""
     import time

@@ -180,7 +180,7 @@ def test_few_frames_as_records(run: Run, clip: Motion, tmp_path: Path) -> None:
     assert status == 0 and "movements: 2" in out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_minutes(run: Run, model: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", procedural(12_000, 1, swing=0.1))
     for suffix in (".bvh", ".glb", ".npz", ".npy"):

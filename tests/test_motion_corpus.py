@@ -225,7 +225,7 @@ def test_odd_clips_in_files(name: str, tmp_path: Path) -> None:
         assert gap < 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_minutes_in_files(tmp_path: Path) -> None:
     motion = Motion(procedural(12_000, 1, swing=0.1))
     for suffix in FILES:

@@ -475,7 +475,7 @@ def test_the_body_is_one_table_for_every_skeleton() -> None:
     assert np.allclose(twice[0], 2 * solids(joints, HUMANML3D)[0], atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(BLENDER is None, reason="Blender is not installed")
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("suffix", [".bvh", ".glb"])
@@ -496,7 +496,7 @@ def test_blender_has_the_same_joints(clip: Motion, tmp_path: Path, suffix: str, 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_viewer_draws_in_a_browser(clip: Motion, tmp_path: Path) -> None:
     """Two scenes, the second opened at a moment by its address: both clips in their colours, no script error."""

@@ -76,7 +76,7 @@ def test_oracle_accepts_targets_and_rejects_what_is_wrong(wear: str) -> None:
     assert accepted >= 0.98 and fooled <= 0.02, failures
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("wear", WEARS)
 def test_oracle_on_many_of_every_task(wear: str) -> None:
     """All tasks together: 64 records of one tell 98 % from 95 % too badly. A seed of its own each, or several tasks

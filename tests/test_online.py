@@ -134,7 +134,7 @@ VARIANTS = {
 SLOW = ("nft-full-old", "grpo-full-exact", "grpo-dance", "nft-sde-sizes")
 
 
-@pytest.mark.parametrize("name", [pytest.param(v, marks=pytest.mark.slow) if v in SLOW else v for v in VARIANTS])
+@pytest.mark.parametrize("name", [pytest.param(v, marks=pytest.mark.long) if v in SLOW else v for v in VARIANTS])
 def test_every_variant_trains_logs_and_exports(name, folder, tmp_path):
     method, options, sections = VARIANTS[name]
     sizes = 2 if name.endswith("sizes") else 1

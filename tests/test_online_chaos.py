@@ -92,7 +92,7 @@ def trained_with(folder: Any, out: Any, reward: Any) -> tuple[list[float], list[
     return before, outcome(trainer.model)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_through_faults_learns_what_a_run_without_them_learns(tmp_path):
     torch.set_num_threads(1)
     folder = tiny_kontext_folder(tmp_path / "tiny")

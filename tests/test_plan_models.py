@@ -33,14 +33,14 @@ def test_flux_and_its_adapter():
     assert found.trained == (19 * 8 + 38 * 3) * 512 * w
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_qwen_image_edit():
     found = plan(ROOT / "edit_r1" / "qwen_sft.yaml")
     assert found.parameters["transformer"] == QWEN_IMAGE and found.parameters["text_encoder"] == QWEN_VL_7B
     assert found.stages[0].flops > 2 * QWEN_IMAGE * 0.3 * found.stages[0].tokens  # modulation aside
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_metaquery_and_the_rewriter():
     queries = plan(ROOT / "unipic2" / "metaquery_a.yaml")
     assert queries.parameters["vlm"] == QWEN_VL_7B and queries.trained == queries.parameters["conditioner"]

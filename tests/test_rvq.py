@@ -287,7 +287,7 @@ def half(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_make_one_codebook(tmp_path: Path) -> None:
     """Averages are those of all rows; both processes hold the same codes, also those that were replaced."""
     import socket

@@ -260,7 +260,7 @@ def test_overrides_and_yaml_numbers(tmp_path):
             read_recipe(file, [wrong])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_plan_of_the_real_recipe():
     """Parameters of the public checkpoints, counted on the meta device; Flow-GRPO's adapter on it."""
     full = plan(ROOT / "recipes" / "unipic2" / "stage_b_kontext.yaml")

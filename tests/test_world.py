@@ -160,7 +160,7 @@ def test_photographs_are_a_background() -> None:
     assert kinds["photo"] == 30
 
 
-@pytest.mark.parametrize("task", [pytest.param(t, marks=pytest.mark.slow) if "multi" in t else t for t in TASKS])
+@pytest.mark.parametrize("task", [pytest.param(t, marks=pytest.mark.long) if "multi" in t else t for t in TASKS])
 def test_oracle_accepts_targets_and_rejects_what_is_wrong(task: str) -> None:
     accepted, fooled = [], defaultdict(list)
     for i, record in enumerate(records("test", count=25, seed=8, tasks=[task])):

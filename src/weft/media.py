@@ -20,7 +20,6 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin, features
 from weft.errors import WeftError
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning level: a quarter of a gigabyte in RGB
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 _FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # no vector format: those run Ghostscript
 if features.check("avif"):  # Pillow from 11.3 on
     _FORMATS.append("AVIF")

@@ -20,7 +20,6 @@ from weft.world.scene import pick
 
 STYLES = ("neutral", "zombie", "happy", "tired", "proud", "sneaky")
 SPEEDS = ("normal", "slow", "fast")
-PATHS = ("straight", "back", "circle", "curve", "zigzag")
 SIDES = ("left", "right", "both")
 ARMS = ("wave", "raise", "punch", "reach")  # acts of one arm or both
 LEGS = ("kick", "hop")  # acts of one leg
