@@ -123,10 +123,15 @@ VARIANTS = {
         {
             "kl": 0,
             "timesteps": "random",
-            "timestep_fraction": 0.6,
+            "timestep_fraction": 0.7,
             "advantage": {"std": "group", "ddof": 1, "eps": 1e-8},
         },
-        {"rollout": {"kind": "dance_sde", "eta": 0.3, "same_latent": True, "steps": 4, "inner_epochs": 2}},
+        {
+            "rollout": {
+                "kind": "dance_sde", "eta": 0.3, "same_latent": True, "steps": 4, "inner_epochs": 2,
+                "window": {"size": 3, "move": "fixed"},
+            }
+        },
     ),
 }  # fmt: skip
 

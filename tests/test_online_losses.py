@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from weft.errors import WeftError
 from weft.reward.advantage import AdvantageConfig, optimality, reshape
 from weft.sample import kernels
 from weft.train.geometry import RolloutRecipe, WindowRecipe, window_at
-from weft.train.grpo import clipped_loss, guard_log_ratio, kl_divergence
-from weft.train.nft import policy_loss
+from weft.train.grpo import Grpo, GrpoOptions, clipped_loss, guard_log_ratio, kl_divergence, levels
+from weft.train.nft import NftOptions, policy_loss
 from weft.train.policy import OLD_SCHEDULES, masked_mean, norm_excess
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "online.json").read_text())
@@ -220,6 +221,26 @@ def test_norm_guard_is_zero_below_the_reference_and_pushes_back_above():
     torch.testing.assert_close(value.detach(), torch.full((2,), 0.01), rtol=1e-3, atol=0)
     value.sum().backward()
     assert float((v.grad * v_ref).sum()) > 0
+
+
+@pytest.mark.parametrize("steps", [4, 11, 16, 25, 50])
+def test_dancegrpo_counts_its_random_steps_without_the_last(steps):
+    """int((T - 1) x fraction) different ones of the T - 1 first: train_grpo_flux.py, `train_timesteps` and `perms`."""
+    rollouts = [RolloutRecipe(steps=steps, kind="dance_sde", eta=0.3) for _ in range(2)]
+    rollouts[1].window = WindowRecipe(steps - 1, move="fixed")  # the last step without noise, as there
+    for rollout in rollouts:
+        method = object.__new__(Grpo)
+        method.options, method.rollout = GrpoOptions(timesteps="random", timestep_fraction=0.6), rollout
+        assert levels(method.options, rollout) == int((steps - 1) * 0.6)
+        drawn = [method.steps_of(1, seed, window_at(rollout, 1, 0, 0), 0, steps) for seed in range(200)]
+        assert all(len(set(own)) == len(own) == int((steps - 1) * 0.6) for own in drawn)
+        assert set().union(*drawn) == set(range(steps - 1))
+
+
+@pytest.mark.parametrize("options", [GrpoOptions, NftOptions])
+def test_a_part_of_the_steps_is_not_more_than_all(options):
+    with pytest.raises(WeftError, match="timestep_fraction is 1.5; it must be above 0 and at most 1"):
+        options(timestep_fraction=1.5)
 
 
 # -- windows ----------------------------------------------------------------------------------------------------------

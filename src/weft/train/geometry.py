@@ -18,7 +18,7 @@ class WindowRecipe:
     "random", uniform for each rollout batch (Flow-GRPO-Fast); "progressive", `shift` steps on after `every` epochs
     (MixGRPO, arXiv 2507.21802); "decay", the same with fewer epochs at later places, falling linearly from `every` to a
     quarter of it; "exp_decay", the same with ceil(every exp(-k max(0, position - after))) epochs at a place. At the
-    end it stays, or with `roll_back` returns to the start.
+    end it stays, or with `roll_back` returns to the start (in the public code it shrinks to nothing there before).
     """
 
     size: int = 3
@@ -133,6 +133,12 @@ def check_geometry(r: RolloutRecipe, micro: int, processes: int, records: int) -
     if micro > share:
         raise WeftError(f"run.batch_size is {micro}, but an update has {share} samples ({total} / {r.updates} updates)")
     window_at(r, 0, 0, 0)  # refuses a window that does not fit
+
+
+def check_fraction(fraction: float) -> None:
+    """Raises WeftError for a share of the noise levels that cannot be."""
+    if not 0 < fraction <= 1:
+        raise WeftError(f"method.options.timestep_fraction is {fraction}; it must be above 0 and at most 1")
 
 
 def window_at(r: RolloutRecipe, seed: int, epoch: int, batch: int) -> tuple[int, int]:

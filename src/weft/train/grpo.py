@@ -4,7 +4,8 @@ noisy steps of stored rollouts.
     full trajectory   rollout.kind flow_sde, no window (Flow-GRPO)
     Fast              rollout.window {size, range, move: random}; kind cps for CPS (arXiv 2509.05952)
     Dance             rollout.kind dance_sde, rollout.same_latent, advantage {std: group, ddof: 1, eps: 1e-8},
-                      timesteps random, timestep_fraction 0.6 (DanceGRPO, arXiv 2505.07818)
+                      timesteps random, timestep_fraction 0.6, rollout.window {size: steps - 1, move: fixed}: its
+                      pictures are the last prediction of x0, without noise (DanceGRPO, arXiv 2505.07818)
     Mix               rollout.window {move: progressive, decay or exp_decay} (MixGRPO, arXiv 2507.21802)
     Guard             guard: true (GRPO-Guard, arXiv 2510.22319)
 
@@ -28,7 +29,7 @@ from weft.reward.filter import FilterConfig
 from weft.sample import kernels
 from weft.sample.rollout import guided, pad_latents
 from weft.train.config import build
-from weft.train.geometry import RolloutRecipe
+from weft.train.geometry import RolloutRecipe, check_fraction
 from weft.train.method import Cost, Setting
 from weft.train.online import Item, Online, chosen_steps
 from weft.train.policy import Glance, Policies, anchor_of, by_level, masked_mean, norm_excess, norm_ratio
@@ -42,7 +43,8 @@ class GrpoOptions:
     "no_dt", mean (m - m_ref)^2 / (2 g^2) as the public code has it; "exact", with the transition's variance
     g^2 |dt|; "velocity", mean (v - v_ref)^2. `guard`: GRPO-Guard's normalised ratio, and the loss divided by |dt|
     (`guard_dt`). `norm_guard`: weight of the squared excess of |v| over |v_ref|. Without a window the first
-    int(T x `timestep_fraction`) steps are trained, or as many random ones but the last (`timesteps` "random").
+    int(T x `timestep_fraction`) of T steps are trained, with one all of its steps. `timesteps` "random": as large a
+    part of the window, or of all steps but the last, new at every update (as DanceGRPO counts them).
     `drop_zero`: samples whose advantage is 0 take no part, also not in the KL, as in the public code.
     """
 
@@ -59,6 +61,9 @@ class GrpoOptions:
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     drop_zero: bool = True
+
+    def __post_init__(self) -> None:
+        check_fraction(self.timestep_fraction)
 
 
 def clipped_loss(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
@@ -83,11 +88,11 @@ def guard_log_ratio(mean: Tensor, x_next: Tensor, std: Tensor, z: Tensor, valid:
 
 
 def levels(o: GrpoOptions, rollout: RolloutRecipe) -> int:
-    """Steps trained per sample: the window, or of a whole trajectory the fraction (never the last one at random)."""
-    if rollout.window is not None:
-        return rollout.window.size
-    limit = rollout.steps if o.timesteps == "first" else rollout.steps - 1
-    return min(int(rollout.steps * o.timestep_fraction), limit)
+    """Steps trained per sample; see `GrpoOptions`."""
+    window = rollout.window
+    if o.timesteps == "random":
+        return int((rollout.steps - 1 if window is None else window.size) * o.timestep_fraction)
+    return int(rollout.steps * o.timestep_fraction) if window is None else window.size
 
 
 def cost(options: dict[str, Any], rollout: RolloutRecipe, lora: bool) -> Cost:
@@ -126,12 +131,13 @@ class Grpo:
                 "dance_sde or cps with rollout.eta > 0, or use method nft, which takes any sampler"
             )
         given = self.setting.recipe.method.options
-        if rollout.window is not None and (ignored := [k for k in ("timesteps", "timestep_fraction") if k in given]):
+        window = rollout.window
+        ignored = [k for k in ("timesteps", "timestep_fraction") if k in given]
+        if window is not None and self.options.timesteps == "first" and ignored:
             raise WeftError(
                 f"method.options.{ignored[0]} chooses steps of a whole trajectory, but with rollout.window its "
-                f"{rollout.window.size} steps are trained: remove one of the two"
+                f"{window.size} steps are trained: remove one of the two, or set timesteps to random"
             )
-        window = rollout.window
         stop = rollout.steps if window is None else (rollout.steps - 1 if window.range is None else window.range[1])
         if window is None:
             stop = min(stop, self.count(rollout)) if self.options.timesteps == "first" else rollout.steps - 1
@@ -157,11 +163,12 @@ class Grpo:
         return levels(self.options, rollout)
 
     def steps_of(self, seed: int, sample_seed: int, window: tuple[int, int], step: int, total: int) -> list[int]:
-        """The steps of this sample that are trained: its window, or of the whole trajectory those chosen."""
-        if window != (0, total):
-            return list(range(*window))
-        candidates = range(total) if self.options.timesteps == "first" else range(total - 1)
-        return chosen_steps(candidates, self.count(self.rollout), self.options.timesteps, seed, sample_seed, step)
+        """The steps of this sample that are trained: of its window, or of the whole trajectory."""
+        how = self.options.timesteps
+        candidates = range(*window)
+        if how == "random" and self.rollout.window is None:
+            candidates = candidates[:-1]
+        return chosen_steps(candidates, self.count(self.rollout), how, seed, sample_seed, step)
 
     def velocity(self, x: Tensor, sigma: Tensor, batch: dict[str, Any]) -> Tensor:
         """As the rollout combined it. Under guidance the negative half has no gradient (train_sd3.py)."""

@@ -23,7 +23,7 @@ from weft.reward.advantage import AdvantageConfig, optimality
 from weft.reward.filter import FilterConfig
 from weft.sample.rollout import pad_latents
 from weft.train.config import build
-from weft.train.geometry import RolloutRecipe
+from weft.train.geometry import RolloutRecipe, check_fraction
 from weft.train.method import Cost, Setting
 from weft.train.online import Item, Online, chosen_steps
 from weft.train.policy import (
@@ -62,6 +62,9 @@ class NftOptions:
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     drop_zero: bool = False
+
+    def __post_init__(self) -> None:
+        check_fraction(self.timestep_fraction)
 
 
 def policy_loss(
