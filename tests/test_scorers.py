@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -311,12 +312,11 @@ def test_hps_weights_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model.save_pretrained(tmp_path)
     cosine = clip.CLIPScore(str(tmp_path))(batch)[0].value * 100 / float(model.logit_scale.detach().exp())  # type: ignore[operator]
     assert scorer(batch)[0].value == pytest.approx(cosine, abs=1e-5)
-    wide = Image.new("RGB", (64, 32))
+    wide = Image.new("RGB", (64, 48))
     wide.paste(noise(1), (32, 0))
     square = Image.new("RGB", (64, 64))
-    square.paste(wide, (0, 16))
-    assert scorer.shown(wide).size == (32, 32) and np.asarray(scorer.shown(wide))[:8].max() == 0
-    whole, cut = scorer([(make_record("a red star"), picture) for picture in (wide, wide.crop((16, 0, 48, 32)))])
+    square.paste(wide, (0, 8))
+    whole, cut = scorer([(make_record("a red star"), picture) for picture in (wide, wide.crop((8, 0, 56, 48)))])
     assert whole.value == pytest.approx(scorer([(make_record("a red star"), square)])[0].value, abs=0.02)
     assert whole.value != pytest.approx(cut.value, abs=1e-4), "not the middle square alone"
     with pytest.raises(WeftError, match="unknown weight visual.extra"):
@@ -325,6 +325,22 @@ def test_hps_weights_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read_config({})
     with pytest.raises(WeftError, match="not a safetensors file; convert .* weft.models.foreign"):
         clip.HPSv2("HPS_v2.1.pt", str(tmp_path))
+
+
+@pytest.mark.parametrize(("size", "resized"), [((100, 90), (32, 29)), ((48, 97), (16, 32)), ((32, 32), (32, 32))])
+def test_hps_sees_a_picture_as_its_public_transform(size: tuple[int, int], resized: tuple[int, int]) -> None:
+    """ResizeMaxSize: Pillow's floats stand for torchvision's; half of what is padded, rounded down, goes to the top."""
+    scorer = object.__new__(clip.HPSv2)
+    scorer.network = SimpleNamespace(config=SimpleNamespace(vision_config=SimpleNamespace(image_size=32)))
+    scorer.images = SimpleNamespace(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.25, 0.3])
+    picture = noise(5).resize(size)
+    values = np.zeros((3, 32, 32), np.float32)
+    (width, height), left, top = resized, (32 - resized[0]) // 2, (32 - resized[1]) // 2
+    for channel, band in enumerate(picture.split()):
+        floats = Image.fromarray(np.asarray(band, np.float32) / 255).resize(resized, Image.Resampling.BICUBIC)
+        values[channel, top : top + height, left : left + width] = np.asarray(floats)
+    expected = (values - np.array([0.5, 0.4, 0.3])[:, None, None]) / np.array([0.2, 0.25, 0.3])[:, None, None]
+    assert np.abs(scorer.pixels([picture])[0].numpy() - expected).max() < 1e-5
 
 
 def test_hps_has_the_geometry_of_vit_h() -> None:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
 from torch import Tensor
 
 from weft.errors import WeftError
@@ -16,8 +17,9 @@ from weft.types import Score
 
 
 class CLIPScore:
-    """Cosine of picture and instruction: `scale` x cos. The public reward code uses logits / 100, which is the cosine
-    of a model whose logit scale is 100 (yifan123/flow_grpo and PKU-YuanGroup/UniWorld-V2, flow_grpo/clip_scorer.py).
+    """Cosine of picture and instruction, as logits / 100 of a model whose logit scale is 100 (yifan123/flow_grpo and
+    PKU-YuanGroup/UniWorld-V2, flow_grpo/clip_scorer.py). Pictures go through the model's own processor, which for CLIP
+    is bicubic; the public reward code resizes them bilinearly.
 
     An output without an instruction is missing. Texts are cut at the tokenizer's length, as everywhere with CLIP.
     """
@@ -73,7 +75,7 @@ class CLIPScore:
         words = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
-        pixels = self.images(images=[self.shown(p) for p in pictures], return_tensors="pt")["pixel_values"]
+        pixels = self.pixels(pictures)
         output = self.network(
             input_ids=words["input_ids"].to(self.network.device),
             attention_mask=words["attention_mask"].to(self.network.device),
@@ -81,9 +83,9 @@ class CLIPScore:
         )
         return output.text_embeds, output.image_embeds
 
-    def shown(self, picture: Any) -> Any:
-        """What of a picture goes to its processor, which takes the middle square of one that is not square."""
-        return picture.convert("RGB")
+    def pixels(self, pictures: Sequence[Any]) -> Tensor:
+        """What the network sees [M, 3, H, W]: of a picture that is not square the middle."""
+        return self.images(images=[p.convert("RGB") for p in pictures], return_tensors="pt")["pixel_values"]
 
 
 class PickScore(CLIPScore):
@@ -121,13 +123,20 @@ class HPSv2(CLIPScore):
             part.embeddings.position_ids = torch.arange(ids.shape[-1])[None]
         self._start(network, processor, device, batch_size)
 
-    def shown(self, picture: Any) -> Any:
-        """All of a picture: one that is not square is fitted into a black square, as the public scorer does it."""
+    def pixels(self, pictures: Sequence[Any]) -> Tensor:
+        """All of each picture, its longer edge resized (bicubic, on unrounded values), in a black square: ResizeMaxSize
+        of tgxs002/HPSv2, hpsv2/src/open_clip/transform.py, with today's torchvision, which smooths what it shrinks."""
         side = self.network.config.vision_config.image_size
-        whole = picture.convert("RGB")
-        if whole.width == whole.height:
-            return whole
-        return ImageOps.pad(whole, (side, side), Image.Resampling.BICUBIC, color=(0, 0, 0))
+        whole = []
+        for picture in pictures:
+            values = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+            scale = side / max(values.shape[1:])
+            height, width = (max(1, round(edge * scale)) for edge in values.shape[1:])
+            values = F.interpolate(values[None], (height, width), mode="bicubic", antialias=True)[0]
+            top, left = (side - height) // 2, (side - width) // 2
+            whole.append(F.pad(values, (left, side - width - left, top, side - height - top)))
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.images.image_mean, self.images.image_std))
+        return (torch.stack(whole) - mean) / std
 
 
 def clip_config(state: Mapping[str, Tensor], head: int | None = None) -> Any:
