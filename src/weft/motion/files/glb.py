@@ -188,6 +188,8 @@ def read_glb(path: str | Path, *, fps: float = 20.0) -> Rig:
 def _sample(doc: Any, blob: bytes, path: Path, fps: float) -> Rig:
     def values(k: int) -> np.ndarray:
         made = doc.accessors[k]
+        if made.sparse or made.bufferView is None or doc.bufferViews[made.bufferView].buffer:
+            raise WeftError(f"{path}: accessor {k} is sparse or outside the file: export it again with plain ones")
         view = doc.bufferViews[made.bufferView]
         size, kind = _COUNTS[made.type], np.dtype(_TYPES[made.componentType])
         start = (view.byteOffset or 0) + (made.byteOffset or 0)
@@ -195,17 +197,16 @@ def _sample(doc: Any, blob: bytes, path: Path, fps: float) -> Rig:
         rows = np.ndarray((made.count, size), kind, blob, start, (stride, kind.itemsize))
         if kind.kind == "f" and not np.isfinite(rows).all():
             raise WeftError(f"{path}: NaN or infinity in accessor {k}: export it again")
-        scale = float(np.iinfo(kind).max) if made.normalized else 1.0
-        return rows.astype(np.float64) / scale
+        if made.normalized:
+            return np.maximum(rows / float(np.iinfo(kind).max), -1.0)  # the least of a signed type is -1, too
+        return rows.astype(np.float64)
 
     animation = doc.animations[0]
     tracks = {}
     for channel in animation.channels:
         sampler = animation.samplers[channel.sampler]
-        times, track = values(sampler.input)[:, 0], values(sampler.output)
-        if sampler.interpolation == "CUBICSPLINE":
-            track = track[1::3]
-        tracks[channel.target.node, channel.target.path] = times, track, sampler.interpolation == "STEP"
+        track = values(sampler.input)[:, 0], values(sampler.output), sampler.interpolation
+        tracks[channel.target.node, channel.target.path] = track
     end = max(t[-1] for t, _, _ in tracks.values())
     if not end * fps < LONGEST:
         raise WeftError(f"{path}: {end:g} s of movement at {fps:g} frames a second: the longest is {LONGEST} frames")
@@ -252,13 +253,24 @@ def _at(tracks: dict, k: int, node: Any, at: np.ndarray) -> tuple[np.ndarray, np
         if (k, what) not in tracks:
             found[what] = np.tile(np.asarray(value, dtype=np.float64), (len(at), 1))
             continue
-        times, track, held = tracks[k, what]
+        times, track, kind = tracks[k, what]
         low = np.clip(np.searchsorted(times, at, side="right") - 1, 0, len(times) - 1)
         high = np.minimum(low + 1, len(times) - 1)
         span = np.where(high > low, times[high] - times[low], 1)
-        part = np.zeros(len(at)) if held else np.clip((at - times[low]) / span, 0, 1)
-        if what == "rotation":
+        part = np.where((high > low) & (kind != "STEP"), np.clip((at - times[low]) / span, 0, 1), 0.0)
+        if kind == "CUBICSPLINE":
+            mixed = _cubic(track, low, high, part[:, None], span[:, None])
+            found[what] = unit(mixed) if what == "rotation" else mixed
+        elif what == "rotation":
             found[what] = slerp(track[low], track[high], part)
         else:
             found[what] = track[low] + part[:, None] * (track[high] - track[low])
     return found["translation"], found["rotation"][:, [3, 0, 1, 2]], found["scale"]
+
+
+def _cubic(track: np.ndarray, low: np.ndarray, high: np.ndarray, t: np.ndarray, span: np.ndarray) -> np.ndarray:
+    """Hermite splines between keys (glTF 2.0, appendix C.5): each key has an in-tangent, a value and an out-tangent."""
+    arrive, value, leave = track[0::3], track[1::3], track[2::3]
+    kept = 2 * t**3 - 3 * t**2 + 1
+    curve = kept * value[low] + (1 - kept) * value[high]
+    return curve + span * ((t**3 - 2 * t**2 + t) * leave[low] + (t**3 - t**2) * arrive[high])
