@@ -19,6 +19,7 @@ from weft.models.export import export, merge_adapters, probe
 from weft.models.licences import LICENCES, find_licence
 from weft.models.load import load
 from weft.models.memory import Preset, preset, preset_for, weight_bytes
+from weft.rng import normal
 from weft.vlm.local import load_vlm
 
 GIB = 2.0**30
@@ -80,6 +81,38 @@ def test_a_lora_leaves_with_rank_alpha_and_its_strength(folder, lora, tmp_path):
     pipeline.load_lora_weights(tmp_path / "half")
     layer = pipeline.transformer.transformer_blocks[0].attn.to_q
     assert next(iter(layer.scaling.values())) == 2.0
+
+
+@pytest.mark.parametrize("kind", ["ranks", "rslora", "bias"])
+def test_another_trainers_lora_leaves_at_its_strength(folder, tmp_path, kind):
+    """Layers of different ranks, rank-stabilised scaling (arXiv 2312.03732), a bias."""
+    from safetensors.torch import save_file
+
+    state, layers = {}, load(folder, device="cpu").transformer
+    for k, rank in enumerate((4, 4, 8 if kind == "ranks" else 4)):
+        name = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_q", "transformer_blocks.0.attn.to_v")[k]
+        rows, columns = layers.get_submodule(name).weight.shape
+        state[f"transformer.{name}.lora_A.weight"] = normal((rank, columns), k, "down")
+        state[f"transformer.{name}.lora_B.weight"] = normal((rows, rank), k, "up") * 0.2
+        if kind == "bias":
+            state[f"transformer.{name}.lora_B.bias"] = normal((rows,), k, "bias")
+            state[f"transformer.{name}.alpha"] = torch.tensor(2.0)
+    facts = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ["attn.to_q", "0.attn.to_v"]}
+    header = json.dumps({f"transformer.{key}": value for key, value in facts.items()})
+    save_file(state, tmp_path / "in.safetensors", {"lora_adapter_metadata": header} if kind == "rslora" else None)
+    given = [(str(tmp_path / "in.safetensors"), 0.5)]
+    done = export(folder, tmp_path / "out", lora=given, what="lora", device="cpu")
+    assert done.difference < 1e-5  # reopened by weft
+    from diffusers import StableDiffusion3Pipeline
+
+    theirs = StableDiffusion3Pipeline.from_pretrained(folder)
+    theirs.load_lora_weights(done.path)
+    ours = load(folder, device="cpu", lora=given)
+    x = normal((2, 64), 0, "x")
+    for name in ("transformer_blocks.1.attn.to_q", "transformer_blocks.0.attn.to_v"):
+        found, expected = (model.transformer.get_submodule(name)(x) for model in (theirs, ours))
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert (found - layers.get_submodule(name)(x)).abs().max() > 0.01
 
 
 def test_written_in_16_bits(folder, tmp_path):

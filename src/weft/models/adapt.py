@@ -179,9 +179,12 @@ def start_lora(module: nn.Module, prefix: str, path: Path, *, name: str = "defau
 SAVED = (
     "r",
     "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
     "target_modules",
     "lora_dropout",
     "bias",
+    "lora_bias",
     "use_rslora",
     "use_dora",
     "trainable_token_indices",

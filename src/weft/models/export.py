@@ -191,11 +191,13 @@ def flow_leaver(device: str | None, options: dict[str, Any] | None) -> Leaver:
 
 @torch.no_grad()
 def fold_strength(module: nn.Module, name: str) -> None:
-    """Multiply the adapter by the strength it is used at, so that the written file has it at 1."""
+    """Multiply the adapter by the strength it is used at, so that the written file, at alpha / rank, has it at 1."""
     from peft.tuners.lora import LoraLayer
 
     for layer in module.modules():
         if isinstance(layer, LoraLayer) and name in layer.lora_B:
-            full, adapter = layer.lora_alpha[name] / layer.r[name], layer.lora_B[name]
-            cast(nn.Linear, adapter).weight.mul_(layer.scaling[name] / full)
+            full = layer.lora_alpha[name] / layer.r[name]
+            for parameter in layer.lora_B[name].parameters():  # a few LoRAs have a bias
+                parameter.mul_(layer.scaling[name] / full)
             layer.scaling[name] = full
+    cast(Any, module).peft_config[name].use_rslora = False  # alpha / sqrt(rank): in the weights now

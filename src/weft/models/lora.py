@@ -116,15 +116,18 @@ def _convert(transformer: Any, state: dict[str, Tensor], file: Path) -> dict[str
 
 
 def _at_strength(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Without the alphas: LAYER.lora_B times alpha / rank. Raises WeftError if another place says the alpha, too."""
+    """Without the alphas: LAYER.lora_B in fp32 times alpha / rank. Raises WeftError if another place says the alpha,
+    too."""
     alphas = {key: value for key, value in state.items() if key.endswith(".alpha")}
     if alphas and _lora_config(file) is not None:
         raise WeftError(f"{file}: holds alphas, and its configuration another: take one of them out")
     out = {key: value for key, value in state.items() if key not in alphas}
     for key, alpha in alphas.items():
-        down, up = (f"{key.removesuffix('.alpha')}.lora_{half}.weight" for half in "AB")
-        if down in out and up in out:
-            out[up] = (out[up].float() * (float(alpha) / out[down].shape[0])).to(out[up].dtype)
+        layer = key.removesuffix(".alpha")
+        if (down := out.get(f"{layer}.lora_A.weight")) is not None:
+            for up in (f"{layer}.lora_B.weight", f"{layer}.lora_B.bias"):
+                if up in out:
+                    out[up] = out[up].float() * (float(alpha) / down.shape[0])
     return out
 
 
