@@ -276,6 +276,11 @@ def test_the_release_s_sizing_rule(size, longer, expected):
     assert flow.fit_longer_edge(size, longer) == expected
 
 
+@pytest.mark.parametrize(("resolution", "expected"), [(64, (48, 64)), (256, (192, 256)), (512, (352, 512))])
+def test_from_256_pixels_on_the_shorter_edge_is_a_multiple_of_32_as_in_the_release(folder, resolution, expected):
+    assert load(folder, device="cpu", resolution=resolution).own_size((700, 1000)) == expected
+
+
 def test_a_picture_too_narrow_is_refused_with_the_numbers():
     with pytest.raises(WeftError, match=r"1000x30 \(width x height\) is too narrow: at a longer edge of 512"):
         flow.fit_longer_edge((30, 1000), 512)

@@ -317,6 +317,21 @@ def test_sizes_follow_the_source_and_areas_are_options(folder):
     assert tokens[0] < tokens[1]
 
 
+@pytest.mark.parametrize("options", [{"parity": True}, {"vae_area": 64 * 64}])
+def test_inputs_of_their_own_size_are_stretched_whatever_size_is_asked_for(folder, options):
+    """As the pipeline does, which also rounds an odd size down; without the option the source covers the output."""
+    model, source = opened(folder, **options), picture(50, 100)
+    (bare,), (sized,) = (model.encode([make_record(PROMPT, source, size=s)]) for s in (None, (64, 64)))
+    assert sized.size == (64, 64) and sized.references[0].shape[1:] == (4, 12)
+    assert torch.equal(sized.references[0], bare.references[0])
+    odd = make_record(PROMPT, source, size=(75, 60))
+    if "parity" in options:
+        assert model.encode([odd])[0].size == (64, 48)
+    else:
+        with pytest.raises(WeftError, match="multiples of 16"):
+            model.encode([odd])
+
+
 def test_options_that_mean_nothing_are_refused(folder):
     for options, message in (
         ({"mrope": "spiral"}, "choose grid or flat"),

@@ -65,6 +65,7 @@ def edit(text="make it red", references=()):
         ("<gen>a red star, cut", "a red star, cut"),
         ("Sure: <gen>a red star</gen>", "a red star"),
         ("<gen> a red star </ge", "a red star"),
+        ("<gen>a red star</edit>", "a red star"),
         ("Put the star of <image2> here", "Put the star of <image2> here"),
         ("a red star without tags", "a red star without tags"),
         ("a < b", "a < b"),

@@ -109,10 +109,11 @@ class Pictures:
 def pictures(model: FlowFamily, record: Record, *, target: bool = False) -> Pictures:
     """Output size and input pictures (with `target` also the target) at the sizes that they are encoded at.
 
-    The output's size is `record.meta["size"]` ([height, width]) if given: then source and target cover it exactly,
-    centre-cropped. Otherwise the family's rule sizes the source, or the target if there is no source; a pure
-    generation is square. References always keep their own aspect, sized by the family's rule. A family may make
-    another size of the one that is asked for (`asked_size`) and stretch the source as ever; what trains is as asked.
+    The output's size is `record.meta["size"]` ([height, width]) if given: then target and source cover it exactly,
+    centre-cropped (a source that is encoded at a size of its own is stretched to that). Otherwise the family's rule
+    sizes the source, or the target if there is no source; a pure generation is square. References always keep their
+    own aspect, sized by the family's rule. A family may make another size of the one that is asked for (`asked_size`)
+    and stretch the source as ever; what trains is as asked.
     """
     goal = record.target if target else None
     if target and goal is None:
@@ -133,7 +134,7 @@ def pictures(model: FlowFamily, record: Record, *, target: bool = False) -> Pict
     place = cover if explicit else stretch
     sizes = model.input_sizes(shapes, source, size)
     inputs = [
-        place(image, own, model.resample) if source and k == 0 else stretch(image, own, model.resample)
+        (place if source and k == 0 and own == size else stretch)(image, own, model.resample)
         for k, (image, own) in enumerate(zip(raw, sizes, strict=True))
     ]
     return Pictures(size, raw, inputs, None if answer is None else place(answer, size, model.resample))

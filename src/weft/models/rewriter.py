@@ -30,8 +30,8 @@ WHEN = ("off", "on", "several")
 FIELDS = ("instruction", "caption")
 PAIR = re.compile(r"\[instruction\]: (.*), \[caption\]: (.*)", re.DOTALL)
 TAG = re.compile(r"<\s*(\w+)\s*>(.*?)<\s*/\s*\1\s*>", re.DOTALL)
-CUT = re.compile(r"<\s*\w+\s*>(.*?)(?:<\s*/\s*\w*\s*)?", re.DOTALL)
-"""An answer that ends before, or within, its closing tag."""
+CUT = re.compile(r"<\s*\w+\s*>(.*?)(?:<\s*/\s*\w*\s*>?)?", re.DOTALL)
+"""An answer that ends before or within its closing tag, or with that of another name."""
 
 
 def parse(answer: str, *, strict_slice: bool = False) -> str:

@@ -114,7 +114,11 @@ class FluxKontext(PackedFlow):
         return [(h * self.multiple, w * self.multiple) for h, w in dict.fromkeys(scaled)]
 
     def own_size(self, size: flow.Size) -> flow.Size:
-        """The format of the nearest aspect ratio; between two equally near the narrower one, as in the release."""
+        """The format of the nearest aspect ratio; between two equally near the narrower one, as in the release.
+
+        The aspect is the picture's own, as in its programs (`resizeinput`); the pipelines called alone round the
+        edges down to multiples of 16 first, which can choose another format for a small picture.
+        """
         aspect = size[1] / size[0]
         return min((abs(aspect - w / h), w, h, (h, w)) for h, w in self.formats())[-1]
 

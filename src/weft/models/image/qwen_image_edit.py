@@ -122,6 +122,11 @@ class QwenImageEdit(PackedFlow):
         side = self.resolution
         return (side, side) if like is None else area_size(like, side**2, self.factor)
 
+    def asked_size(self, size: flow.Size) -> flow.Size | None:
+        """Under `parity`, as the pipeline does, edges rounded down to what latents allow; inputs are then stretched."""
+        m = self.multiple
+        return (size[0] // m * m, size[1] // m * m) if self.options.parity else None
+
     def input_sizes(self, inputs: Sequence[flow.Size], source: bool, output: flow.Size) -> list[flow.Size]:
         """The source at the output's size unless `vae_area` or `parity` says otherwise; references at their own."""
         sizes = [self.own_size(size) for size in inputs]

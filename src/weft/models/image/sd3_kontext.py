@@ -31,7 +31,8 @@ class UniPic2Kontext(ImageFlow):
     `parts` maps folder names to modules, tokenizers and the scheduler: `transformer`, `vae`, `text_encoder`,
     `text_encoder_2`, `tokenizer`, `tokenizer_2`, `scheduler`, and optionally `text_encoder_3` with `tokenizer_3`.
     Without the third encoder its 256 tokens are zeros, as in diffusers. `resolution` is the longer edge at which
-    pictures are encoded and made when a record names no size, `factor` what the shorter edge is rounded to.
+    pictures are encoded and made when a record names no size, `factor` what the shorter edge is rounded to:
+    32, as in the release, or below 256 pixels what latents allow.
     """
 
     name = "sd3_kontext"
@@ -54,7 +55,7 @@ class UniPic2Kontext(ImageFlow):
         self.multiple = self.downsample * self.patch
         # The release edits at 512 although its transformer is configured for 1024.
         self.resolution = resolution or min(512, self.transformer.config.sample_size * self.downsample)
-        self.factor = 32 if self.resolution >= 512 else self.multiple
+        self.factor = 32 if self.resolution >= 256 else self.multiple
         if self.resolution % self.multiple:
             raise WeftError(f"resolution {self.resolution} must be a multiple of {self.multiple}")
 
