@@ -22,7 +22,7 @@ CONVERTER = PACKAGE / "models" / "foreign.py"
 
 # Lower floors first. Rooms of one floor may not import each other, except on the ground floor and under the roof.
 FLOORS = [
-    {"record", "rows", "parts", "types", "media", "rng", "errors"},
+    {"record", "rows", "parts", "types", "media", "rng", "settings", "errors"},
     {"report"},
     {"motion"},
     {"world", "data", "vlm", "sample"},

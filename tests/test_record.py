@@ -145,6 +145,8 @@ BAD = {
     "[1]": r"r\.jsonl:2: row: \[1\] is not an object",
     '{"id": "\xff': "not JSON",
     "[" * 5000: "not JSON",
+    json.dumps(row({"type": "text", "text": "cut \ud83d"})): r"holds half a character \('\\ud83d'\): write the text again",
+    json.dumps(row(meta={"a": {"\udc00": 1}})): "holds half a character",
     json.dumps(row(schema=2)): r"schema: 2 is unknown, this weft reads 0 to 1: upgrade weft",
     json.dumps(row(schema=True)): "schema: True is unknown",
     json.dumps({k: v for k, v in row().items() if k != "schema"}): 'schema: missing: add "schema": 1',
@@ -206,6 +208,9 @@ ESCAPES = (
     "s3://bucket/a.png",
     "data:image/png;base64,AAAA",
     "a\0.png",
+    "iVBORw0KGgo" + "A" * 300,
+    "ü" * 130 + ".png",
+    "a/" * 600 + "b.png",
     "",
 )
 

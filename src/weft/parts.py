@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -105,7 +106,8 @@ def instruction_text(turn: Turn, name: str = "picture {k}", first: int = 1) -> s
     """The text of a turn with its woven references named by `name` at their place.
 
     `k` counts the input pictures from `first`, the source before the references. Movements are counted on their
-    own and read "motion k". References before an empty text part are attached: counted, but not named.
+    own and read "motion k". References before an empty text part are attached: counted, but not named. White space
+    around the whole is dropped.
     """
     counts = {"image": first, "motion": 1}
     attached = 0  # parts before this one
@@ -156,7 +158,7 @@ def _woven(name: str, root: str | Path | None) -> Part:
     if not name:
         raise WeftError("instruction: {} names no file: write {picture.png}, or {{}} for the braces")
     path = Path(name) if root is None else Path(root, relative_path(name, "instruction"))
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's it takes a name that is too long for one that is not there
         raise WeftError(f"instruction: {{{name}}}: no such file {path}: check the path, or write {{{{ for a brace")
     kind = kind_of(path)
     return Part(kind, path=path.absolute().as_posix(), role="reference")
@@ -179,7 +181,8 @@ def relative_path(name: str, field: str) -> str:
         raise WeftError(f"{field}: '{short(name)}' is absolute: write it relative to the records' folder")
     if ".." in path.split("/"):
         raise WeftError(f"{field}: '{short(name)}' leaves the records' folder: move the file below it")
-    if not path or "\0" in path:
+    long = any(len(piece.encode("utf-8", "surrogatepass")) > 255 for piece in path.split("/")) or len(path) > 1024
+    if not path or "\0" in path or long:  # a picture's bytes as text are a common find
         raise WeftError(f"{field}: '{short(name)}' is not a path: name a file")
     return path
 

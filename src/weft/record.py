@@ -40,7 +40,7 @@ from weft.parts import (
     text_part,
     weave,
 )
-from weft.rows import SCHEMA, parse_row, place_medium
+from weft.rows import SCHEMA, lines, parse_json, parse_row, place_medium
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -226,31 +226,19 @@ def read_records(path: str | Path, faults: list[str] | None = None) -> Iterator[
     if not path.is_file():
         raise WeftError(f"{path}: no such file: check the path")
     seen: dict[str, int] = {}
-    with path.open("rb") as handle:
-        for number, line in enumerate(handle, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            try:
-                record = record_from_dict(_parse(line), path.parent)
-                if record.id in seen:
-                    raise WeftError(f"id: '{short(record.id)}' stands in line {seen[record.id]} too: ids must differ")
-                seen[record.id] = number
-            except WeftError as error:
-                message = f"{path}:{number}: {error}"
-                if faults is None:
-                    raise WeftError(message) from error
-                faults.append(message)
-                continue
-            yield record
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise WeftError(f"row: not JSON ({error}): write one object a line") from error
+    for number, _, line in lines(path):
+        try:
+            record = record_from_dict(parse_json(line), path.parent)
+            if record.id in seen:
+                raise WeftError(f"id: '{short(record.id)}' stands in line {seen[record.id]} too: ids must differ")
+            seen[record.id] = number
+        except WeftError as error:
+            message = f"{path}:{number}: {error}"
+            if faults is None:
+                raise WeftError(message) from error
+            faults.append(message)
+            continue
+        yield record
 
 
 def record_from_dict(row: Any, root: Path | None = None) -> Record:

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import shutil
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -38,6 +39,32 @@ class Lazy(Sequence["Record"]):
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         return self._record(i if i >= 0 else i + len(self))
+
+
+def lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Line number, first byte and bytes of every line of a file that is not empty."""
+    with path.open("rb") as handle:
+        start = 0
+        for number, line in enumerate(handle, 1):
+            skip = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0
+            if line[skip:].strip():
+                yield number, start + skip, line[skip:]
+            start += len(line)
+
+
+def parse_json(data: bytes) -> Any:
+    """The decoded row, or a file of them. Raises `WeftError`, also for half a character (as from a cut text), which
+    JSON can hold and no file, tokenizer or digest can take."""
+    try:
+        row = json.loads(data)
+        if b"\\u" in data or b"\xed" in data:  # the two ways to write one
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        raise WeftError(f"row: holds half a character ({half!r}): write the text again") from error
+    except (ValueError, RecursionError) as error:
+        raise WeftError(f"row: not JSON ({error}): write one object a line") from error
+    return row
 
 
 def parse_row(row: Any) -> tuple[str, str, list[Turn], dict[str, Any]]:

@@ -142,12 +142,12 @@ class ModelOptions:
 
 def parse_option(text: str) -> tuple[str, Any]:
     """Name and value of "name=value"; values are written as in YAML."""
-    import yaml
+    from weft.settings import parse_yaml
 
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise WeftError(f"--option {text}: not of the form name=value, as layout=mosaic")
-    return name, yaml.safe_load(value)
+    return name, parse_yaml(value, f"--option {text}")
 
 
 def parse_file(text: str) -> tuple[str, str]:
@@ -213,8 +213,11 @@ def refuse(options: Any, allowed: tuple[str, ...], where: str) -> None:
     """Raise `WeftError` for an option that was given and would do nothing."""
     for field_ in dataclasses.fields(options):
         default = field_.default_factory() if callable(field_.default_factory) else field_.default
-        if field_.name not in allowed and getattr(options, field_.name) != default:
-            raise WeftError(f"--{field_.name.replace('_', '-')} does nothing {where}; leave it out")
+        name, given = field_.name, getattr(options, field_.name)
+        if name not in allowed and given != default:
+            if dataclasses.is_dataclass(given):  # a group of options
+                name = next(f.name for f in dataclasses.fields(given) if vars(given)[f.name] != vars(default)[f.name])
+            raise WeftError(f"--{name.replace('_', '-')} does nothing {where}; leave it out")
 
 
 def is_movement(path: Path) -> bool:

@@ -56,7 +56,7 @@ class Serve:
     def run(self) -> int:
         token = None
         if self.token_env is not None:
-            token = os.environ.get(self.token_env)
+            token = os.environ.get(self.token_env, "").strip()
             if not token:
                 raise WeftError(f"the environment variable {self.token_env} is not set: put the token there")
         try:
@@ -80,15 +80,13 @@ class Serve:
 
     def scorers(self) -> dict[str, Any]:
         """The scorers by name."""
-        import yaml
+        from weft.settings import parse_yaml, read_yaml
 
         if self.scorer.endswith((".yaml", ".yml")):
             if self.options:
                 raise WeftError(f"{self.options[0]}: with a YAML file, options stand in it")
             path = Path(self.scorer)
-            if not path.is_file():
-                raise WeftError(f"{path}: no such file: check the path")
-            rows = yaml.safe_load(path.read_text("utf-8"))
+            rows = read_yaml(path)
             if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
                 raise WeftError(f"{path}: write name: {{call: ..., args: {{...}}}}")
             for name, row in rows.items():
@@ -102,7 +100,7 @@ class Serve:
             key, equals, value = option.partition("=")
             if not equals:
                 raise WeftError(f"{option!r}: write KEY=VALUE")
-            args[key] = yaml.safe_load(value)
+            args[key] = parse_yaml(value, option)
         name = self.scorer if self.scorer in SCORERS else self.scorer.rpartition(":")[2]
         return {name: make_scorer(self.scorer, args)}
 
@@ -114,11 +112,11 @@ def make_scorer(call: str, args: dict[str, Any]) -> Any:
     """
     import functools
 
-    from weft.data.sources import resolve
+    from weft.settings import load_object
 
     if call not in SCORERS and ":" not in call:
         raise WeftError(f"scorer {call!r} is unknown: use {', '.join(SCORERS)}, or your own as file.py:name")
-    found = resolve(SCORERS.get(call, call))
+    found = load_object(SCORERS.get(call, call), "scorer")
     known = [name for name in inspect.signature(found).parameters]
     for key in args:
         if key not in known:

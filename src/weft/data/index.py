@@ -8,7 +8,7 @@ import json
 import os
 import weakref
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from weft.errors import WeftError
 from weft.media import atomic_write
 from weft.parts import short
 from weft.record import Record
-from weft.rows import SCHEMA, Lazy
+from weft.rows import SCHEMA, Lazy, lines, parse_json
 
-VERSION = 1  # of kept indexes: to be raised when another row becomes a fault
+VERSION = 2  # of kept indexes: to be raised when another row becomes a fault
 KEEP = 4 << 20  # bytes of a file from which on its index is kept: below, reading it again takes no time
 
 Make = Callable[[Any, int], Record]
@@ -45,7 +45,7 @@ class Indexed(Lazy):
         try:
             if stamp(os.fstat(self._file)) != self._stamp:
                 raise WeftError("the file has changed since it was opened: start again")
-            return self.make(parse(os.pread(self._file, length, start)), number)
+            return self.make(parse_json(os.pread(self._file, length, start)), number)
         except WeftError as error:
             raise WeftError(f"{self.path}:{line}: {error}") from error
 
@@ -80,25 +80,6 @@ def stamp(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Line number, first byte and bytes of every line of a file that is not empty."""
-    with path.open("rb") as handle:
-        start = 0
-        for number, line in enumerate(handle, 1):
-            skip = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0
-            if line[skip:].strip():
-                yield number, start + skip, line[skip:]
-            start += len(line)
-
-
-def parse(line: bytes) -> Any:
-    """The decoded row. Raises `WeftError`."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise WeftError(f"row: not JSON ({error}): write one object a line") from error
-
-
 Found = tuple[np.ndarray, list[str], np.ndarray]
 """`Indexed.rows`, the faults, and the rows of those that may be mended without a change of the file."""
 
@@ -111,7 +92,7 @@ def _scan(path: Path, make: Make, limit: int | None, ids: str) -> Found:
             break
         place = (start, len(data), line, number)
         try:
-            record = make(parse(data), number)
+            record = make(parse_json(data), number)
         except WeftError as error:
             faults.append(f"{path}:{line}: {error}")
             bad.append(place)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib
-import importlib.util
 import itertools
 import json
-import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,10 +14,12 @@ from typing import Any, overload
 
 from weft.data.columns import convert, fields_of
 from weft.data.folder import folder_records
-from weft.data.index import indexed, lines, parse
+from weft.data.index import indexed
 from weft.data.shards import Row, Rows, parquet_rows, shard_rows
 from weft.errors import WeftError
 from weft.record import Record, record_from_dict, relative_path
+from weft.rows import lines, parse_json
+from weft.settings import load_object
 
 MAX_FAULTS = 0.02  # of all rows: above it, something is wrong with the whole, not with a row
 _OPTIONS = {
@@ -257,16 +256,16 @@ def _json_rows(path: Path, downloads: str | None) -> Rows:
         raise WeftError(f"{path}: no such file: check the path")
     if path.suffix == ".json":
         try:
-            items = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise WeftError(f"{path}: not JSON ({error}): write it again") from error
+            items = parse_json(path.read_bytes())
+        except WeftError as error:
+            raise WeftError(f"{path}: {error}") from error
         if not isinstance(items, list):
             raise WeftError(f"{path}: not a JSON list: write one, or JSONL with one object a line")
         yield from ((f"{path}[{k}]", _row(item, downloads)) for k, item in enumerate(items))
         return
     for number, _, line in lines(path):
         try:
-            yield f"{path}:{number}", _row(parse(line), downloads)
+            yield f"{path}:{number}", _row(parse_json(line), downloads)
         except WeftError as error:
             yield f"{path}:{number}", error
 
@@ -346,7 +345,7 @@ def _number(name: str, value: Any) -> float:
 def _call(config: SourceConfig) -> Sequence[Record]:
     if config.map:
         raise WeftError(f"map: {config.path} returns records, which need none: remove the map")
-    function = resolve(config.path)
+    function = load_object(config.path, "source")
     found = function(**config.options)
     records = found if isinstance(found, Sequence) else list(found) if isinstance(found, Iterable) else None
     if records is None or not len(records) or not isinstance(records[0], Record):
@@ -360,26 +359,3 @@ def _call(config: SourceConfig) -> Sequence[Record]:
     if config.task is not None:
         raise WeftError(f"task: {config.path} returns records with their task: remove the task")
     return records
-
-
-def resolve(path: str) -> Callable[..., Any]:
-    """The function of `file.py:name` or `package.module:name`. Raises `WeftError` if there is none."""
-    place, colon, name = path.rpartition(":")
-    if not colon:
-        raise WeftError(f"'{path}' names no function: write file.py:name or package.module:name")
-    if place.endswith(".py"):
-        if not Path(place).is_file():
-            raise WeftError(f"{place}: no such file: check the path")
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(spec.name, module)
-        spec.loader.exec_module(module)
-    else:
-        if importlib.util.find_spec(place) is None:
-            raise WeftError(f"'{path}': no module '{place}': check the name")
-        module = importlib.import_module(place)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise WeftError(f"'{path}': {place} has no function '{name}': check the name")
-    return function

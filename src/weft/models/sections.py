@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from weft.errors import WeftError
+from weft.settings import read_yaml
 
 
 def read_sections(
@@ -19,12 +18,7 @@ def read_sections(
     where = "the configuration"
     if not isinstance(config, dict):
         where = str(config)
-        if not Path(config).is_file():
-            raise WeftError(f"{config}: no such file")
-        try:
-            config = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise WeftError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        config = read_yaml(Path(config))
     if not isinstance(config, dict):
         raise WeftError(f"{where}: must be a mapping of {', '.join(known)}")
     for name in config:

@@ -22,6 +22,7 @@ from weft.motion.rig import TABLES, Table
 from weft.motion.skeleton import HUMANML3D
 from weft.motion.stats import dataset_stats
 from weft.record import Record, Turn, motion_part, text_part
+from weft.settings import read_yaml
 
 if TYPE_CHECKING:
     from weft.motion.files.amass import Body
@@ -95,10 +96,8 @@ def read_table(text: str) -> str | Table:
     path = Path(text)
     if not path.is_file():
         raise WeftError(f"skeleton '{text}' is unknown: use auto, {', '.join(TABLES)}, or a .json file of your own")
-    import yaml
-
     try:
-        found = yaml.safe_load(path.read_text("utf-8"))  # JSON is YAML
+        found = read_yaml(path)  # JSON is YAML
         return {str(ours): place if isinstance(place, str) else (str(place[0]), str(place[1]), float(place[2]))
                 for ours, place in found.items()}  # fmt: skip
     except Exception as error:

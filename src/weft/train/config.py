@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from weft.errors import WeftError
+from weft.settings import parse_yaml, read_yaml
 from weft.train.geometry import RewardRecipe, RolloutRecipe
 
 T = TypeVar("T")
@@ -292,7 +293,7 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
             else:
                 raise WeftError(f'override "{assignment}": "{".".join(keys[:i])}" has no keys')
             if last:
-                node[index] = yaml.safe_load(text)
+                node[index] = parse_yaml(text, f'override "{assignment}"')
             else:
                 node = node[index]
     return tree
@@ -316,10 +317,7 @@ def read_tree(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises WeftError."""
     if not path.is_file():
         raise WeftError(f"recipe {path} does not exist")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise WeftError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise WeftError(f"{path}: a recipe is a mapping, found {type(tree).__name__}")
     return tree
@@ -377,32 +375,3 @@ def check(recipe: Recipe, file: str) -> Recipe:
 def plain(recipe: Recipe) -> dict[str, Any]:
     """The recipe as JSON/YAML data."""
     return dataclasses.asdict(recipe)
-
-
-def load_object(dotted: str, what: str) -> Any:
-    """The object behind `package.module:name` or `path/to/file.py:name`. Raises WeftError with the reason."""
-    import importlib
-    import importlib.util
-
-    module_name, colon, name = dotted.rpartition(":")
-    if not colon:
-        raise WeftError(f'{what}: "{dotted}" is not of the form package.module:name or file.py:name')
-    if module_name.endswith(".py"):
-        path = Path(module_name)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        if not path.is_file() or spec is None or spec.loader is None:
-            raise WeftError(f"{what}: {path} does not exist")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not module_name.startswith(error.name):
-                raise
-            raise WeftError(f'{what}: there is no module "{module_name}"') from None
-    try:
-        return typing.cast(Any, getattr(module, name))
-    except AttributeError:
-        public = [n for n in vars(module) if not n.startswith("_")]
-        raise WeftError(f'{what}: {module_name} has no "{name}"; {nearest(name, public)}') from None

@@ -23,7 +23,8 @@ from weft.data.cache import ExampleCache, example_key
 from weft.data.sampler import Sampler, Span
 from weft.errors import WeftError
 from weft.record import Record
-from weft.train.config import Recipe, SourceRecipe, StageRecipe, load_object, nearest
+from weft.settings import load_object
+from weft.train.config import Recipe, SourceRecipe, StageRecipe, nearest
 from weft.train.digests import code_digest, content_digest, fingerprint
 from weft.train.fed import Fed, Row
 from weft.train.parallel import Processes

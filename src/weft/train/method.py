@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError
-from weft.train.config import Recipe, load_object, nearest
+from weft.settings import load_object
+from weft.train.config import Recipe, nearest
 from weft.train.fed import Fed
 from weft.train.feed import Feed
 from weft.train.parallel import Processes

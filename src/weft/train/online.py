@@ -25,7 +25,8 @@ from weft.reward.mix import Mixed, Mixture, ScorerConfig, averages, spearman
 from weft.rng import numpy_rng
 from weft.sample import kernels
 from weft.sample.solvers import SOLVERS
-from weft.train.config import load_object, nearest
+from weft.settings import load_object
+from weft.train.config import nearest
 from weft.train.fed import Fed
 from weft.train.geometry import RewardRecipe, RolloutRecipe, ScorerRecipe, check_geometry
 from weft.train.method import Setting
@@ -382,8 +383,6 @@ def make_mixture(recipe: RewardRecipe | None, given: Any, method: str) -> Mixtur
 
 def _scorer(item: ScorerRecipe) -> Any:
     found = load_object(item.call, "reward.scorers.call")
-    if not callable(found):
-        raise WeftError(f"reward.scorers: {item.call} is a {type(found).__name__}, not a class or a function")
     known = list(inspect.signature(found).parameters)
     for key in item.args:
         if key not in known:

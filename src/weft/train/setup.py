@@ -12,7 +12,8 @@ from torch import nn
 from weft.errors import WeftError
 from weft.models.adapt import add_lora, load_whole, start_lora
 from weft.rng import seed_of
-from weft.train.config import Recipe, load_object, nearest
+from weft.settings import load_object
+from weft.train.config import Recipe, nearest
 from weft.types import Trainable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from weft.data.sources import resolve
 from weft.errors import WeftError
 from weft.record import Record
 from weft.reward.mix import Pair, Scorer, ScorerConfig, ask_scorer
+from weft.settings import load_object
 from weft.types import Score
 
 SMALLEST_OUTSIDE = 0.02  # of the picture: less is too little to measure
@@ -32,7 +32,7 @@ class Consistency:
     ) -> None:
         if len(psnr_range) != 2 or not psnr_range[0] < psnr_range[1]:
             raise WeftError(f"psnr_range {list(psnr_range)}: give two numbers of dB, the lower first")
-        self.mask: Callable[[Record], np.ndarray] | None = resolve(mask) if isinstance(mask, str) else mask
+        self.mask: Callable[[Record], np.ndarray] | None = load_object(mask, "mask") if isinstance(mask, str) else mask
         self.low, self.high = float(psnr_range[0]), float(psnr_range[1])
 
     def __call__(self, batch: Sequence[Pair]) -> list[Score]:

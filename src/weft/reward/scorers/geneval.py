@@ -15,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from weft.data.sources import resolve
 from weft.errors import WeftError
 from weft.reward.mix import Pair
 from weft.reward.scorers.clip import CLIPScore
+from weft.settings import load_object
 from weft.types import Score
 
 CONFIDENCE, COUNTING_CONFIDENCE, MOST = 0.3, 0.9, 16
@@ -74,9 +74,9 @@ class GenEval:
         if mode not in ("dense", "strict", "accuracy"):
             raise WeftError(f"mode {mode!r} is unknown: use dense, strict or accuracy")
         if isinstance(detector, str):
-            detector = resolve(detector) if ":" in detector else TransformersDetector(detector)
+            detector = load_object(detector, "detector") if ":" in detector else TransformersDetector(detector)
         if isinstance(colours, str):
-            colours = resolve(colours) if ":" in colours else ClipColours(colours)
+            colours = load_object(colours, "colours") if ":" in colours else ClipColours(colours)
         self.detector, self.colours, self.mode, self.parity = detector, colours, mode, parity
         self.classes: frozenset[str] | None = getattr(detector, "classes", None)  # None: anything may be asked for
 

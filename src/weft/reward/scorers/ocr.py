@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image
 
-from weft.data.sources import resolve
 from weft.record import Record
 from weft.reward.mix import Pair
+from weft.settings import load_object
 from weft.types import Score
 
 
@@ -20,7 +20,7 @@ class TextScore:
 
     def __init__(self, read: Callable[[Image.Image], str] | str) -> None:
         """`read` returns what stands in a picture: a function, or its name as `file.py:name`."""
-        self.read: Callable[[Image.Image], str] = resolve(read) if isinstance(read, str) else read
+        self.read: Callable[[Image.Image], str] = load_object(read, "read") if isinstance(read, str) else read
 
     def __call__(self, batch: Sequence[Pair]) -> list[Score]:
         return [self._one(record, image) for record, image in batch]
