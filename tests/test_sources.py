@@ -291,6 +291,14 @@ def test_refusals(media: Path) -> None:
         load("jsonl", media / "empty.jsonl")
 
 
+def test_a_picture_as_text_is_a_bad_row_and_not_the_end(media: Path) -> None:
+    rows = [{"prompt": "p", "image": "s.png"}, {"prompt": "q", "image": "iVBORw0KGgo" + "A" * 5000}]
+    for name in ("d.jsonl", "d.json"):
+        (media / name).write_text(json.dumps(rows) if name == "d.json" else "".join(json.dumps(r) + "\n" for r in rows))
+        found = load("jsonl", media / name, options={"max_faults": 0.5})
+        assert len(found) == 1 and "source: 'iVBORw0KGgoAAA" in found.faults[0] and len(found.faults[0]) < 300
+
+
 def test_weft_records_and_duplicates(media: Path) -> None:
     write_records(media / "r.jsonl", [make_record(f"{k}", media / "s.png", id=str(k)) for k in range(5)])
     assert [r.id for r in load("jsonl", media / "r.jsonl", limit=3)] == ["0", "1", "2"]
@@ -448,17 +456,28 @@ def test_cut_and_damaged_shards_are_named(tmp_path: Path) -> None:
         try:
             part = load_source(config)
         except WeftError as error:  # nothing whole is left
-            assert cut <= step and "cut.tar" in str(error)
+            assert cut < step + 512 and "cut.tar" in str(error)
             continue
         assert isinstance(part, Source) and part.faults, cut
+        assert len(part) >= (cut - 512) // step  # the sample before the cut may lack a member: it is left out
         for record in part:
-            if record.target is not None and record.source is not None:
-                assert colour(record, record.target) == BLUE
+            assert record.source is not None and record.target is not None
+            assert colour(record, record.target) == BLUE
     damaged = bytearray(whole)
     damaged[3 * step : 3 * step + 512] = b"\x55" * 512  # tarfile alone would take it for the end
     (tmp_path / "bad.tar").write_bytes(damaged)
-    with pytest.raises(WeftError, match="1 of 4 rows are bad .*bad.tar: damaged after byte 9216"):
+    with pytest.raises(WeftError, match="1 of 3 rows are bad .*bad.tar: damaged after byte 9216"):
         load("webdataset", tmp_path / "bad.tar")
+
+
+def test_a_sample_with_a_bad_member_is_left_out_whole(tmp_path: Path) -> None:
+    """Without its source an edit would be learned as a new picture."""
+    link = tarfile.TarInfo("1.source.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "0.source.png"
+    shard(tmp_path / "a.tar", *sample("0"), link, ("1.target.png", png("blue")), ("1.txt", "x"), *sample("2"))
+    found = load("webdataset", tmp_path / "a.tar", options={"max_faults": 0.5})
+    assert [r.source is not None for r in found] == [True, True] and found.rows == 3
+    assert found.faults == [f"{tmp_path}/a.tar:1.source.png: a link or a device, not a file: remove the member"]
 
 
 def test_nothing_escapes_from_a_shard(tmp_path: Path) -> None:

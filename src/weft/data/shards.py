@@ -120,56 +120,62 @@ def shard_rows(path: Path) -> Rows:
     """Samples of a webdataset shard: members of one name, by their suffix (`7.source.png` is column `source`).
 
     Text members are read, JSON objects are merged into the row, pictures stay in the file. Links, devices and names
-    that lead out of the shard are faults, and so is an early end.
+    that lead out of the shard are faults, and so is an early end. A sample with a faulty member is left out whole, and so
+    is the last one before an early end: without its source an edit would be another task.
     """
+    current, row = "", Row()
     faults: list[tuple[str, WeftError]] = []
-    current = ""
-    row: Row = {}
-    for member in _members(path, faults):
-        key, suffix = _split(member.name)
+
+    def sample() -> Rows:
+        if faults or not row:
+            yield from faults
+        else:
+            yield f"{path}:{current}", row
+
+    for name, member in _members(path):
+        key, suffix = _split(name) if name else (current, "")
         if key != current:
-            if row:
-                yield f"{path}:{current}", row
-            current, row = key, {"__key__": key}
+            yield from sample()
+            current, row, faults = key, {"__key__": key}, []
         try:
+            if isinstance(member, WeftError):
+                raise member
             row |= _member(path, member, suffix)
         except WeftError as error:
-            faults.append((f"{path}:{key}", error))
-    if row:
-        yield f"{path}:{current}", row
-    yield from faults
+            faults.append((f"{path}:{name}" if name else str(path), error))
+    yield from sample()
 
 
-def _members(path: Path, faults: list[tuple[str, WeftError]]) -> Iterator[tarfile.TarInfo]:
+def _members(path: Path) -> Iterator[tuple[str, tarfile.TarInfo | WeftError]]:
+    """Every member by its name, or why it cannot be used; an early end has no name."""
     size = path.stat().st_size
     end = 0
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                where = f"{path}:{member.name}"
                 if member.isdir():
                     continue
                 if not member.isreg():
-                    faults.append((where, WeftError("a link or a device, not a file: remove the member")))
+                    yield member.name, WeftError("a link or a device, not a file: remove the member")
                 elif member.name.startswith(("/", "\\")) or ".." in member.name.replace("\\", "/").split("/"):
-                    faults.append((where, WeftError("the name leads out of the shard: rename the member")))
+                    yield member.name, WeftError("the name leads out of the shard: rename the member")
                 elif member.offset_data + member.size > size:
-                    faults.append((where, WeftError("the shard ends inside this member: download it again")))
+                    yield member.name, WeftError("the shard ends inside this member: download it again")
                 else:
-                    yield member
+                    yield member.name, member
                 end = tar.offset
     except (tarfile.TarError, OSError, ValueError) as error:
         why = (
             "compressed shards have no index, decompress it" if path.suffix in (".gz", ".tgz") else "download it again"
         )
-        faults.append((str(path), WeftError(f"the shard cannot be read further ({error}): {why}")))
+        yield "", WeftError(f"the shard cannot be read further ({error}): {why}")
         return
     with path.open("rb") as handle:  # tarfile takes a damaged header for the end
         handle.seek(end)
         if any(handle.read(512)):
-            faults.append((str(path), WeftError(f"damaged after byte {end} of {size}: download the shard again")))
+            yield "", WeftError(f"damaged after byte {end} of {size}: download the shard again")
         elif end > size or handle.tell() < end + 512:
-            faults.append((str(path), WeftError(f"no end mark at byte {end}: the download was cut, repeat it")))
+            yield "", WeftError(f"no end mark at byte {end}: the download was cut, repeat it")
 
 
 def _split(name: str) -> tuple[str, str]:
