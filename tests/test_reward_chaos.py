@@ -15,6 +15,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from weft.errors import WeftError
 from weft.record import Turn, image_part, make_record, text_part
 from weft.reward.client import RewardClient
 from weft.reward.judge import Judge
@@ -331,6 +332,27 @@ def test_a_server_without_log_probs_gives_missing_scores(data: bytes) -> None:
     assert score.value is None and "no reply" in str(score.reason)
 
 
+def test_a_key_is_sent_clean_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEFT_TEST_KEY", " sk-secret\n")
+    for client in (RemoteVLM("http://localhost/v1", "m", key_env="WEFT_TEST_KEY")._client,
+                   RewardClient("http://localhost", token_env="WEFT_TEST_KEY")._http):  # fmt: skip
+        assert client.headers["authorization"] == "Bearer sk-secret"
+    for key, message in (("sk-se\ncret", "holds characters"), ("clé-secret", "holds characters"), (" ", "is not set")):
+        monkeypatch.setenv("WEFT_TEST_KEY", key)
+        with pytest.raises(WeftError, match=message) as caught:
+            RewardClient("http://localhost", token_env="WEFT_TEST_KEY")
+        assert "secret" not in str(caught.value) and "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://", "http://host:port/v1", "ftp://x", "localhost:8000", "http://[::1"])
+def test_an_address_that_is_none(url: str) -> None:
+    for make in (lambda: RemoteVLM(url, "m"), lambda: RewardClient(url)):
+        with pytest.raises(WeftError, match="not a server's address.*write http://localhost"):
+            make()
+    with pytest.raises(WeftError, match="0 requests at once"):
+        RewardClient("http://localhost", concurrency=0)
+
+
 def test_remote_replies_keep_their_order() -> None:
     def answer(body: Any) -> Any:
         text = body["messages"][0]["content"][-1]["text"]
@@ -341,3 +363,6 @@ def test_remote_replies_keep_their_order() -> None:
         vlm = RemoteVLM(f"{url}/v1/", "tiny")
         questions = [[Turn("user", [image_part(GREY), text_part(str(k))])] for k in range(12)]
         assert [reply.text for reply in vlm.ask(questions, Ask())] == [str(k) for k in range(12)]
+        gone = [Turn("user", [image_part("/nowhere/a.png"), text_part("0")])]
+        first, second = vlm.ask([gone, questions[1]], Ask())
+        assert "/nowhere/a.png does not exist" in str(first.error) and second.text == "1"

@@ -10,7 +10,6 @@ import base64
 import itertools
 import json
 import math
-import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from weft.errors import WeftError
 from weft.reward.mix import Pair
 from weft.reward.wire import PROTOCOL, Outbox, rows_to_scores
 from weft.types import Score
-from weft.vlm.retry import Breaker, Failed, Patience, insist
+from weft.vlm.retry import Breaker, Failed, Patience, insist, open_client
 
 LARGEST_REPLY = 64 << 20
 
@@ -52,24 +51,15 @@ class RewardClient:
 
         Raises WeftError for an address that is not http(s) or a token that is not set; `check` asks the service.
         """
-        import httpx
-
-        if not url.startswith(("http://", "https://")):
-            raise WeftError(f"{url}: not a service's address: write http://host:port")
         if picture not in ("png", "jpeg"):
             raise WeftError(f"picture {picture!r} is unknown: use png or jpeg")
-        if chunk < 1 or concurrency < 1:
-            raise WeftError(f"chunk ({chunk}) and concurrency ({concurrency}) must be at least 1")
-        headers = {}
-        if token_env is not None:
-            if not os.environ.get(token_env):
-                raise WeftError(f"the environment variable {token_env} is not set: put the service's token there")
-            headers["Authorization"] = f"Bearer {os.environ[token_env]}"
+        if chunk < 1:
+            raise WeftError(f"chunk is {chunk}; it must be at least 1")
         self.url, self.scorer, self.chunk, self.concurrency = url, scorer, chunk, concurrency
         self.picture, self.multipart, self.rounds = picture, multipart, retries
         self.breaker = Breaker(Patience(retries, delay, cooldown=cooldown, patience=patience))
-        self._http = httpx.Client(
-            base_url=url, headers=headers, timeout=timeout, limits=httpx.Limits(max_connections=concurrency)
+        self._http = open_client(
+            url, "http://localhost:12341", key_env=token_env, timeout=timeout, connections=concurrency
         )
         self._count = itertools.count()
         self._lock = threading.Lock()

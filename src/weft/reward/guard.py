@@ -134,8 +134,13 @@ def make_server(
     if token is not None and len(token) < 16:
         raise WeftError(f"a token of {len(token)} characters can be guessed: use 16 or more")
     limits = limits or Limits()
+    if not 0 <= port < 65536 or min(batch, limits.queue, limits.body) < 1 or not 0 <= wait < 60:
+        raise WeftError(
+            f"port {port}, batch {batch}, wait {wait:g} s, queue {limits.queue}, body {limits.body} bytes: "
+            "a port is 0 to 65535, the wait below a minute, the others at least 1"
+        )
     batchers = {name: Batcher(name, scorer, batch, wait, limits.queue) for name, scorer in scorers.items()}
-    service = Service(batchers, limits, token, LOOPBACK_NAMES if token is None else None)
+    service = Service(batchers, limits, token, LOOPBACK_NAMES | {host.lower()} if token is None else None)
     config = uvicorn.Config(
         service.app(),
         host=host,

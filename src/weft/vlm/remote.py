@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from weft.errors import WeftError
 from weft.vlm.ask import Ask, Question, Reply, Token, plain
-from weft.vlm.retry import Breaker, Failed, Patience, insist
+from weft.vlm.retry import Breaker, Failed, Patience, insist, open_client
 from weft.vlm.structured import schema
 
 if TYPE_CHECKING:
@@ -41,21 +40,14 @@ class RemoteVLM:
         """`key_env` names the environment variable with the API key. `picture`: "png" (lossless) or "jpeg" (quality
         95). `top`: how many candidates per token the server gives at most (vLLM: --max-logprobs, 20 by default).
         `timeout` in seconds. Raises WeftError for a URL that is not http(s), or a key that is not set."""
-        httpx = _httpx()
-        if not url.startswith(("http://", "https://")):
-            raise WeftError(f"{url}: not a server's address: write http://host:port/v1")
         if picture not in _FORMATS:
             raise WeftError(f"picture {picture!r} is unknown: use one of {', '.join(_FORMATS)}")
-        headers = {}
-        if key_env is not None:
-            if not os.environ.get(key_env):
-                raise WeftError(f"the environment variable {key_env} is not set: put the server's API key there")
-            headers["Authorization"] = f"Bearer {os.environ[key_env]}"
         self.name, self.model, self.top, self.picture = f"{model}@{url.rstrip('/')}", model, top, picture
         self.concurrency = concurrency
         self.breaker = Breaker(patience or Patience())
-        limits = httpx.Limits(max_connections=concurrency)
-        self._client = httpx.Client(base_url=url, headers=headers, timeout=timeout, limits=limits)
+        self._client = open_client(
+            url, "http://localhost:8000/v1", key_env=key_env, timeout=timeout, connections=concurrency
+        )
 
     def ask(self, questions: Sequence[Question], how: Ask) -> list[Reply]:
         """One reply for each question, in order; up to `concurrency` requests under way at once."""
@@ -63,9 +55,13 @@ class RemoteVLM:
             return list(pool.map(lambda question: self._one(question, how), questions))
 
     def _one(self, question: Question, how: Ask) -> Reply:
+        try:
+            messages = [self._message(turn.role, turn.parts) for turn in question]
+        except WeftError as error:  # a picture that cannot be read is one reply less, not all of them
+            return Reply("", error=str(error))
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": [self._message(turn.role, turn.parts) for turn in question],
+            "messages": messages,
             "max_tokens": how.max_tokens,
             "temperature": how.temperature,
             "seed": how.seed,
@@ -153,11 +149,3 @@ def _log_prob(value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value) or value > 1e-3:
         raise ValueError(f"{value!r} is no log-probability")
     return float(value)
-
-
-def _httpx() -> Any:
-    try:
-        import httpx
-    except ImportError as error:
-        raise WeftError("asking a server needs httpx: pip install 'weft[reward]'") from error
-    return httpx

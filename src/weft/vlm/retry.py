@@ -7,6 +7,7 @@ or give up when it has been away for longer than `patience`.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -105,6 +106,32 @@ class Breaker:
         """Whether it has been open for longer than `patience`."""
         since = self._since
         return since is not None and self.clock() - since > self.patience.patience
+
+
+def open_client(url: str, example: str, *, key_env: str | None, timeout: float, connections: int) -> httpx.Client:
+    """A client of the server at `url`, at most `connections` at once; `key_env` names the environment variable with the
+    key that it sends. Raises WeftError for what is no such address (`example` is one) and for a key that is not set."""
+    try:
+        import httpx
+    except ImportError as error:
+        raise WeftError("asking a server needs httpx: pip install 'weft[reward]'") from error
+    if connections < 1 or not timeout > 0:
+        raise WeftError(f"{url}: {connections} requests at once, {timeout:g} s for each: both must be above 0")
+    headers = {}
+    if key_env is not None:
+        key = os.environ.get(key_env, "").strip()  # a key read from a file often ends in a line break
+        if not key:
+            raise WeftError(f"the environment variable {key_env} is not set: put the server's key there")
+        if not (key.isascii() and key.isprintable()):  # an HTTP library would show the key in its complaint
+            raise WeftError(f"the environment variable {key_env} holds characters that no key has: put the key there")
+        headers["Authorization"] = f"Bearer {key}"
+    limits = httpx.Limits(max_connections=connections)
+    try:
+        if not url.startswith(("http://", "https://")) or not httpx.URL(url).host:
+            raise httpx.InvalidURL("it has no host")
+        return httpx.Client(base_url=url, headers=headers, timeout=timeout, limits=limits)
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise WeftError(f"{url}: not a server's address ({error}): write {example}") from error
 
 
 def insist(send: Callable[[], httpx.Response], read: Callable[[httpx.Response], T], breaker: Breaker) -> T:
