@@ -13,7 +13,7 @@ from weft.errors import WeftError
 from weft.world import Scene, records, render
 from weft.world.corrupt import corruptions
 from weft.world.edits import HELD_OUT_KIND, KINDS, apply
-from weft.world.oracle import edit_mask, judge, requested_concepts
+from weft.world.oracle import _other_backgrounds, edit_mask, judge, requested_concepts
 from weft.world.references import CONCEPTS
 from weft.world.scene import BACKGROUNDS, COLOURS, LIGHTS, PATTERNS, SHAPES, SIZES, STYLES, TONES
 from weft.world.words import EDITS, POLITE
@@ -180,6 +180,20 @@ def test_oracle_names_what_is_wrong() -> None:
     assert [ok for name, ok in verdict.requests.items() if name.startswith("recolour")] == [False]
     perfect = judge(record, record.target.load(None))  # type: ignore[union-attr]
     assert perfect.success and perfect.psnr_outside > 40
+
+
+def test_what_the_oracle_sees_does_not_depend_on_the_process() -> None:
+    others = list(_other_backgrounds(("gradient", "white", "mint")))
+    assert others[:3] == [("plain", "white"), ("gradient", "grey", "mint"), ("gradient", "white", "grey")]
+    assert others[-1] == ("gradient", "mint", "white") and len(set(others)) == len(others)
+
+
+def test_a_size_that_nobody_drew_is_refused_before_it_costs_memory() -> None:
+    record = records("test", count=1, tasks=["edit"])[0]
+    for size in ([10**6, 10**6], [64], ["64", 64], [0, 64]):
+        record.meta["world"]["size"] = size
+        with pytest.raises(WeftError, match="16 to 2048 pixels a side"):
+            judge(record, Image.new("RGB", (64, 64)))
 
 
 def test_bad_arguments_are_named() -> None:

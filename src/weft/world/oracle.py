@@ -67,6 +67,15 @@ def scenes(record: Record) -> tuple[Scene | None, Scene, list[dict[str, Any]]]:
     return source, Scene.from_json(world["target"]), world["plan"]
 
 
+def canvas(record: Record) -> tuple[int, int]:
+    """(height, width) of a world record's pictures. Raises WeftError for what nobody drew: records come over the wire,
+    too, and a size is memory."""
+    size = record.meta["world"]["size"]
+    if len(size) != 2 or not all(isinstance(side, int) and 16 <= side <= 2048 for side in size):
+        raise WeftError(f"record {record.id}: the world's pictures have 16 to 2048 pixels a side, not {size}")
+    return size[0], size[1]
+
+
 def requested_concepts(record: Record) -> dict[str, str]:
     """Of the requests that `judge` lists, those whose value a reference picture gives: what kind of thing it gives."""
     source, target, plan = scenes(record)
@@ -77,7 +86,7 @@ def edit_mask(record: Record, grow: int = 2) -> np.ndarray:
     """Boolean [height, width]: where the exact target differs from the source, grown by `grow` pixels. All true
     where there is no source."""
     source, target, _ = scenes(record)
-    height, width = record.meta["world"]["size"]
+    height, width = canvas(record)
     if source is None:
         return np.ones((height, width), bool)
     changed = np.abs(render_array(target, height, width) - render_array(source, height, width)).max(-1) > 3
@@ -87,7 +96,7 @@ def edit_mask(record: Record, grow: int = 2) -> np.ndarray:
 def judge(record: Record, image: Image.Image) -> Verdict:
     """Judge one output. A picture of another size is resized to the record's first."""
     source, target, plan = scenes(record)
-    height, width = record.meta["world"]["size"]
+    height, width = canvas(record)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     raw = np.asarray(image.convert("RGB"), np.float32) / 255
@@ -253,6 +262,7 @@ def _other_backgrounds(background: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]
         yield from (("plain", n) for n in names)
         return
     upper, lower = (background[1], background[1]) if background[0] == "plain" else background[1:]
-    for a, b in {(n, lower) for n in names} | {(upper, n) for n in names} | {(n, n) for n in names} | {(lower, upper)}:
+    pairs = [pair for n in names for pair in ((n, lower), (upper, n), (n, n))]  # in a fixed order, unlike a set's
+    for a, b in dict.fromkeys([*pairs, (lower, upper)]):
         if (a, b) != (upper, lower):
             yield ("plain", a) if a == b else ("gradient", a, b)
