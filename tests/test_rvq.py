@@ -18,6 +18,8 @@ from weft.models.motion.codec import Codec, batches, codec_of_momask, load_codec
 from weft.models.motion.rvq import Codebook, Noise, Rvq, RvqConfig, fill
 from weft.models.motion.rvq_training import RvqTrainable
 from weft.motion.clip import Motion
+from weft.motion.features import extract
+from weft.motion.files import read_motion
 from weft.motion.stats import DatasetStats, GeneratorStats
 from weft.record import Record, Turn, motion_part, text_part
 from weft.types import Draw, Trainable
@@ -149,6 +151,23 @@ def test_short_clips_are_held(codec: Codec) -> None:
     codes = codec.encode([motion(1, 0), motion(3, 1), motion(4, 2), motion(7, 3)])
     assert [len(c) for c in codes] == [1, 1, 1, 1]
     assert all(np.isfinite(clip.joints).all() for clip in codec.decode(codes))
+
+
+def test_stored_features_are_tokenised_as_they_are(codec: Codec, tmp_path: Path) -> None:
+    """A file of features gives the network what MoMask's loader gives it; made again from its joints they differ."""
+    rows = extract(procedural(60, 5, spin=1.5))
+    np.save(tmp_path / "a.npy", rows)
+    clip = read_motion(tmp_path / "a.npy")
+    again = Motion(clip.joints)
+    whole, piece, made = codec.features([clip, clip.crop(11, 32), again])
+    assert np.array_equal(whole, codec.stats.normalise(rows[:56]))
+    assert np.array_equal(piece, codec.stats.normalise(rows[11:31]))
+    assert made.shape == whole.shape and np.abs(made - whole).max() > 1e-3
+    (codes,) = codec.encode([clip])
+    assert torch.equal(codes, codec.rvq.encode(torch.from_numpy(whole)[None])[0])
+    other = Codec(codec.rvq, codec.stats, "correct")  # its rule is not the file's
+    assert np.array_equal(other.features([clip])[0], other.features([again])[0])
+    assert len(codec.encode([clip.crop(0, 3)])[0]) == 1, "shorter than a step: held"
 
 
 def test_batches_bound_the_padding() -> None:

@@ -24,7 +24,10 @@ LONGEST = 5_000_000  # frames: almost three days at 20 a second; a file that ask
 class Motion:
     """Joints [T, J, 3] float32, y up, in the unit of `layout` (metres for HumanML3D), `fps` frames a second.
 
-    It can be the value of a motion part of a record (it has `load()` and `digest`). `meta` says where it came from.
+    It can be the value of a motion part of a record (it has `load()` and `digest`). `meta` says where it came from,
+    `stored` are the features [T, 263 or 251] of the file that it was read from, if it was one: joints do not hold all
+    that is in them. `crop` keeps them; whatever else makes another clip leaves them out. Set them to None if you change
+    `joints` in place.
     Raises `WeftError` for another shape, no frame, NaN, a joint beyond `FARTHEST`, or a frame rate that is not
     positive.
     """
@@ -33,6 +36,7 @@ class Motion:
     fps: float = 20.0
     layout: Layout = HUMANML3D
     meta: dict[str, Any] = field(default_factory=dict)
+    stored: np.ndarray | None = field(default=None, init=False, repr=False)  # so `replace` does not carry it over
     kind: ClassVar[str] = "motion"  # of the record's part that it makes
 
     def __post_init__(self) -> None:
@@ -63,9 +67,12 @@ class Motion:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of positions, frame rate and skeleton."""
+        """SHA-256 of positions, frame rate, skeleton, and stored features."""
         head = f"{self.layout.name} {self.fps!r} {self.joints.shape}\n".encode()
-        return hashlib.sha256(head + np.ascontiguousarray(self.joints).tobytes()).hexdigest()
+        found = hashlib.sha256(head + np.ascontiguousarray(self.joints).tobytes())
+        if self.stored is not None:
+            found.update(np.ascontiguousarray(self.stored).tobytes())
+        return found.hexdigest()
 
     def load(self) -> Motion:
         """Itself: in-memory media of records have this method."""
@@ -93,7 +100,9 @@ class Motion:
 
     def crop(self, start: int = 0, stop: int | None = None) -> Motion:
         """Frames `start` to `stop` (not included). Raises `WeftError` if none is left."""
-        return replace(self, joints=self.joints[start:stop])
+        cut = replace(self, joints=self.joints[start:stop])
+        cut.stored = None if self.stored is None else self.stored[start:stop]
+        return cut
 
     def placed(self) -> Motion:
         """On the floor, from the origin, facing +z at first."""
@@ -125,7 +134,8 @@ def mirror(joints: np.ndarray, layout: Layout = HUMANML3D) -> np.ndarray:
     return flipped
 
 
-_SIDES = {"left": "right", "right": "left", "clockwise": "counterclockwise", "counterclockwise": "clockwise"}
+_SIDES = {"left": "right", "right": "left", "clockwise": "counterclockwise", "counterclockwise": "clockwise",
+          "anticlockwise": "clockwise"}  # fmt: skip
 
 
 def mirror_text(text: str) -> str:
@@ -134,10 +144,10 @@ def mirror_text(text: str) -> str:
 
     def swap(match: re.Match[str]) -> str:
         word = match.group(0)
-        other = _SIDES[word.lower().replace("-", "")]
+        other = _SIDES[re.sub("[- ]", "", word.lower())]
         return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
 
-    return re.sub(r"\b(left|right|clockwise|counter-?clockwise)\b", swap, text, flags=re.IGNORECASE)
+    return re.sub(r"\b(left|right|(?:counter[- ]?|anti[- ]?)?clockwise)\b", swap, text, flags=re.IGNORECASE)
 
 
 def resample(joints: np.ndarray, fps: float, to: float, *, method: str = "linear") -> np.ndarray:

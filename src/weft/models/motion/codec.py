@@ -58,19 +58,27 @@ class Codec:
         """Normalised features [T, F] of each clip, T a multiple of the stride.
 
         Features speak of a frame and the next, so each clip is first continued by one frame at its last speed: n
-        frames give n rows.
+        frames give n rows. With the dataset's own heading rule, features that a clip was read from (`Motion.stored`)
+        are taken as they are, as MoMask does: made again from joints they would differ.
         """
         prepared = []
         for clip in clips:
             if clip.layout.name != self.layout.name:
                 raise WeftError(f"a clip on the {clip.layout.name} skeleton: the model is of {self.layout.name}")
+            if self._stored(clip) is not None:
+                continue
             joints = clip.resample(self.layout.fps).joints
             short = self.config.stride - len(joints)
             if short > 0:
                 joints = np.concatenate([joints, np.repeat(joints[-1:], short, axis=0)])
             prepared.append(np.concatenate([joints, 2 * joints[-1:] - joints[-2:-1]]))
-        rows = extract(prepared, layout=self.layout, heading=self.heading) if prepared else []
-        return [self.stats.normalise(row[: len(row) - len(row) % self.config.stride]) for row in rows]
+        made = iter(extract(prepared, layout=self.layout, heading=self.heading) if prepared else [])
+        rows = [next(made) if (own := self._stored(clip)) is None else own for clip in clips]
+        cut = [self.stats.normalise(row[: len(row) - len(row) % self.config.stride]) for row in rows]
+        return [row.astype(np.float32, copy=False) for row in cut]
+
+    def _stored(self, clip: Motion) -> np.ndarray | None:
+        return clip.stored if self.heading == "humanml3d" and len(clip) >= self.config.stride else None
 
     @torch.no_grad()
     def encode(self, clips: Sequence[Motion]) -> list[Tensor]:

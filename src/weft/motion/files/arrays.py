@@ -16,8 +16,8 @@ from weft.motion.ik import Pose, solve
 from weft.motion.rotation import from_matrix, multiply, to_axis_angle
 from weft.motion.skeleton import HUMANML3D, LAYOUTS, layout_of
 
-# z up to y up: a turn of -90 degrees about x
-_Z_UP = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])
+# y up to z up and back: a half turn, by which `amass_joints` reads
+_Z_UP = np.array([[-1.0, 0, 0], [0, 0, 1], [0, 1, 0]])
 
 
 def load_array(path: str | Path) -> Any:
@@ -35,7 +35,8 @@ def load_array(path: str | Path) -> Any:
 def read_npy(path: str | Path, *, fps: float | None = None) -> Motion:
     """Features [T, 263 or 251] or joints [T, 22 or 21, 3] (also [T, 66], and more joints, hands, after the 22).
 
-    `fps` is the layout's by default. Raises `WeftError` for another shape or NaN.
+    `fps` is the layout's by default; features that were read at it stay with the clip (`Motion.stored`). Raises
+    `WeftError` for another shape or NaN.
     """
     array = load_array(path)
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
@@ -45,7 +46,10 @@ def read_npy(path: str | Path, *, fps: float | None = None) -> Motion:
             array = array[0]
         if array.ndim == 2 and array.shape[1] in (263, 251):
             motion = from_features(array, meta={"file": Path(path).name})
-            return motion if fps is None else Motion(motion.joints, fps, motion.layout, motion.meta)
+            if fps is not None and fps != motion.fps:
+                return Motion(motion.joints, fps, motion.layout, motion.meta)
+            motion.stored = array
+            return motion
         if array.ndim == 2 and array.shape[1] in (66, 63):
             array = array.reshape(len(array), -1, 3)
         if array.ndim == 3 and array.shape[2] == 3 and array.shape[1] >= 22:
@@ -85,7 +89,9 @@ def read_npz(path: str | Path, *, bodies: dict[str, Body] | Body | None = None) 
                 (float(data[k]) for k in ("fps", "mocap_framerate", "mocap_frame_rate") if k in keys), layout.fps
             )
             facts = {"weft": json.loads(str(data["weft"]))} if "weft" in keys else {}
-            return Motion(data["joints"][:, : len(layout.joints)], fps, layout, {"file": Path(path).name} | facts)
+            motion = Motion(data["joints"][:, : len(layout.joints)], fps, layout, {"file": Path(path).name} | facts)
+            motion.stored = data["features"] if "features" in keys else None
+            return motion
         if not {"poses", "trans"} <= keys:
             raise WeftError(f"holds {', '.join(sorted(keys)) or 'nothing'}: expected joints, or poses and trans")
         if bodies is None:
@@ -104,14 +110,16 @@ def write_npz(motion: Motion, path: str | Path, *, metadata: dict[str, Any] | No
     """SMPL-style: `poses` [T, 66] and `trans` in AMASS's z-up axes, zero `betas`, and our `joints` beside them.
 
     Rotations are fitted to a T-pose skeleton with the clip's own bone lengths, not to SMPL's surface; on a SMPL body
-    the pose is the same and the joints differ as the bodies do. `read_npz` takes `joints`, so nothing is lost.
-    `metadata` (JSON) stands under `weft`.
+    the pose is the same and the joints differ as the bodies do. `read_npz` takes `joints`, so nothing is lost; `stored`
+    features stand beside them. `metadata` (JSON) stands under `weft`.
     """
     pose = solve(motion)
-    turn = from_matrix(np.linalg.inv(_Z_UP)[None])[0]  # y up -> z up
+    turn = from_matrix(_Z_UP[None])[0]
     rotations = pose.rotations.copy()
     rotations[:, 0] = multiply(np.broadcast_to(turn, rotations[:, 0].shape), rotations[:, 0])
     facts = {"weft": np.array(json.dumps(metadata))} if metadata else {}
+    if motion.stored is not None:
+        facts["features"] = motion.stored
     with atomic_write(path) as handle:
         np.savez(
             handle,
