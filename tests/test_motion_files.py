@@ -18,6 +18,7 @@ from weft.motion import (
     KIT,
     Motion,
     Rig,
+    extract,
     from_features,
     load_part,
     mirror,
@@ -29,10 +30,12 @@ from weft.motion import (
 )
 from weft.motion.figure import SOLIDS, solids
 from weft.motion.files.acclaim import read_amc
-from weft.motion.files.amass import amass_joints, read_body
+from weft.motion.files.amass import Body, amass_joints, read_body
+from weft.motion.files.arrays import write_npz
 from weft.motion.files.bvh import read_bvh, write_bvh
+from weft.motion.files.glb import read_glb
 from weft.motion.files.humanml3d import build, read_captions, records
-from weft.motion.ik import solve
+from weft.motion.ik import rest_positions, solve
 from weft.motion.render import render_frames
 from weft.motion.rotation import from_axis_angle, rotate
 from weft.motion.viewer import Scene, viewer_page, write_viewer
@@ -301,7 +304,12 @@ def test_arrays(clip: Motion, tmp_path: Path) -> None:
     path = tmp_path / "a.npy"
     features = clip.features(heading="correct")
     np.save(path, features)
-    assert np.abs(read_motion(path).joints - from_features(features).joints).max() == 0
+    read = read_motion(path)
+    assert np.abs(read.joints - from_features(features).joints).max() == 0
+    assert read.stored is not None and np.array_equal(read.stored, features) and read.digest != clip.digest
+    cut = read.crop(3, 9).stored
+    assert cut is not None and np.array_equal(cut, features[3:9])
+    assert all(m.stored is None for m in (read.mirror(), read.placed(), read.resample(30), clip))
     np.save(path, clip.joints.reshape(len(clip), 66))
     assert np.array_equal(read_motion(path).joints, clip.joints)
     np.save(path, np.pad(clip.joints, ((0, 0), (0, 30), (0, 0))))  # SMPL-H's 52
@@ -332,6 +340,47 @@ def body_file(path: Path) -> Path:
     return path
 
 
+def test_smpl_poses_that_we_write_stand_as_the_clip_does(clip: Motion, tmp_path: Path) -> None:
+    """On a body of our own bones, the poses (z up, as AMASS's) give the clip's joints back by AMASS's reading."""
+    pose = write_npz(clip, tmp_path / "a.npz")
+    data = np.load(tmp_path / "a.npz")
+    body = Body(rest_positions(pose), np.zeros((22, 3, 10)), pose.parents)
+    joints, fps = amass_joints({k: data[k] for k in data.files}, body)
+    assert fps == clip.fps and np.abs(joints - clip.joints).max() < pose.error + 1e-4
+    assert np.allclose(data["trans"][:, 2], clip.joints[:, 0, 1], atol=1e-6)
+
+
+def test_cubic_splines_and_odd_accessors_of_glb(clip: Motion, tmp_path: Path) -> None:
+    """A Hermite spline with a cubic's own tangents is the cubic; what stands elsewhere is refused, not misread."""
+    import pygltflib
+
+    path = tmp_path / "a.glb"
+    write_motion(clip, path)
+    times = np.array([0.0, 0.5, 2.0])
+    keys = np.stack([3 * times**2, times**3 + 1, 3 * times**2], axis=1)[..., None].repeat(3, -1).reshape(9, 3)
+    doc = pygltflib.GLTF2.load_binary(str(path))
+    data = bytearray(doc.binary_blob())
+    for values, kind in ((times, "SCALAR"), (keys, "VEC3")):
+        doc.bufferViews.append(pygltflib.BufferView(buffer=0, byteOffset=len(data), byteLength=4 * values.size))
+        data += values.astype("<f4").tobytes()
+        doc.accessors.append(
+            pygltflib.Accessor(bufferView=len(doc.bufferViews) - 1, componentType=5126, count=len(values), type=kind)
+        )
+    sampler = doc.animations[0].samplers[doc.animations[0].channels[0].sampler]  # the root's place
+    sampler.input, sampler.output = len(doc.accessors) - 2, len(doc.accessors) - 1
+    sampler.interpolation = "CUBICSPLINE"
+    doc.buffers[0].byteLength = len(data)
+    doc.set_binary_blob(bytes(data))
+    doc.save_binary(str(path))
+    rig = read_glb(path, fps=20)
+    at = np.arange(len(rig.positions)) / 20
+    assert np.allclose(rig.positions[:, 0], (np.minimum(at, 2) ** 3 + 1)[:, None], atol=1e-5)
+    doc.accessors[-1].sparse = pygltflib.Sparse(count=1)
+    doc.save_binary(str(path))
+    with pytest.raises(WeftError, match="sparse"):
+        read_glb(path)
+
+
 def test_amass_and_building_the_dataset(tmp_path: Path) -> None:
     body = read_body(body_file(tmp_path / "model.npz"))
     rng = np.random.default_rng(0)
@@ -343,10 +392,13 @@ def test_amass_and_building_the_dataset(tmp_path: Path) -> None:
     assert fps == 59 and np.allclose(joints[:, 0, 1], trans[:, 2] + body.rest[0, 2] * 1.1)
     lengths = np.linalg.norm(joints[:, 1:] - joints[:, list(HUMANML3D.parents[1:])], axis=-1)
     assert np.allclose(lengths, HUMANML3D.bone_lengths()[1:] * 1.1)
+    with pytest.raises(WeftError, match="female body"):
+        amass_joints(data | {"gender": "female"}, {"male": body})
+    assert np.array_equal(amass_joints(data, {"male": body, "neutral": body})[0], joints)
     raw, _ = amass_joints(data, body, raw=True, stride_fps=20)
     assert len(raw) == 65 and np.allclose(raw * [-1, 1, 1], joints[::2])
 
-    source = tmp_path / "amass" / "MPI_Limits" / "1"
+    source = tmp_path / "TotalCapture" / "MPI_Limits" / "1"  # where it lies cuts nothing, the source in the index does
     source.mkdir(parents=True)
     np.savez(source / "a_poses.npz", gender=np.array("male"), dmpls=np.zeros((frames, 8)), **data)
     with pytest.raises(WeftError, match="body model"):
@@ -358,11 +410,13 @@ def test_amass_and_building_the_dataset(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "000001.txt").write_text("a man lifts his left arm#a/DET man/NOUN#0.0#0.0\n")
     out = tmp_path / "out"
-    made = build(tmp_path / "amass", tmp_path / "index.csv", out, {"male": body}, texts=tmp_path / "texts")
+    made = build(tmp_path / "TotalCapture", tmp_path / "index.csv", out, {"male": body}, texts=tmp_path / "texts")
     assert made["clips"] == 1 and made["with mirrors"] == 2 and made["texts"] == 2
     assert len(made["left out"]) == 1 and "000002" in made["left out"][0]
     vectors = np.load(out / "new_joint_vecs" / "000001.npy")
-    assert vectors.shape == (39, 263)  # 65 frames less the second cut from MPI_Limits, cut to 40, less one
+    # 65 frames less the second cut from MPI_Limits and none from a folder above it, frames 0 to 40, less one
+    assert vectors.shape == (39, 263)
+    assert np.array_equal(vectors, extract((raw[20:60] * [-1, 1, 1]).astype(np.float32)))
     assert "right arm" in (out / "texts" / "M000001.txt").read_text()
     (out / "train.txt").write_text("000001\nM000001\n000009\n")
     found = records(out, least=20)
@@ -387,10 +441,31 @@ def test_a_caption_with_times_goes_with_its_piece(tmp_path: Path) -> None:
     assert piece.target.digest(piece.root) != whole.target.digest(whole.root)
     write_records(tmp_path / "out" / "r.jsonl", [piece])
     (again,) = read_records(tmp_path / "out" / "r.jsonl")
-    assert again.target and np.array_equal(load_part(again.target, again.root).joints, both[1].joints)
+    assert again.target
+    copied = load_part(again.target, again.root)
+    assert np.array_equal(copied.joints, both[1].joints)
+    assert copied.stored is not None and np.array_equal(copied.stored, clip.features()[20:80])
     (tmp_path / "new_joint_vecs" / "a.npy").write_bytes(b"x")
     with pytest.raises(WeftError, match="a.npy"):
         piece.target.value.load()
+
+
+def test_the_public_loader_takes_the_same_clips_and_pieces(tmp_path: Path) -> None:
+    """What momask-codes' Text2MotionDataset (data/t2m_dataset.py) makes of these lengths and times."""
+    lengths = {"a": 39, "b": 40, "c": 199, "d": 200, "e": 260, "f": 100, "g": 120}
+    (tmp_path / "new_joint_vecs").mkdir()
+    (tmp_path / "texts").mkdir()
+    for name, count in lengths.items():
+        np.save(tmp_path / "new_joint_vecs" / f"{name}.npy", np.zeros((count, 263)))
+        (tmp_path / "texts" / f"{name}.txt").write_text("walks#walk/VERB#0.0#0.0\n")
+    (tmp_path / "texts" / "e.txt").write_text("walks#walk/VERB#1.0#5.0\n")  # too long a clip, though not its piece
+    times = ("0.0#0.0", "nan#nan", "nan#3.0", "1.0#4.5", "1.0#2.0", "4.0#9.0")
+    (tmp_path / "texts" / "f.txt").write_text("".join(f"walks#walk/VERB#{t}\n" for t in times))
+    (tmp_path / "texts" / "g.txt").write_text("walks#walk/VERB#2.0#9.0\n")
+    (tmp_path / "train.txt").write_text("\n".join(lengths))
+    found = [(r.meta["clip"], r.meta.get("frames")) for r in records(tmp_path)]
+    assert found[:4] == [("b", None), ("c", None), ("f", None), ("f", None)]
+    assert found[4:] == [("f", [0, 60]), ("f", [20, 90]), ("g", [40, 120])]
 
 
 def test_captions(tmp_path: Path) -> None:

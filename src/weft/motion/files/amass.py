@@ -71,10 +71,11 @@ def amass_joints(
 ) -> tuple[np.ndarray, float]:
     """Joints [T, J, 3] and frame rate of the arrays of an AMASS file.
 
-    `bodies` is one body or one per gender ("male" for male, else "female" as HumanML3D does). The result is y up and
+    `bodies` is one body or one per gender ("male" for male, else "female" as HumanML3D does, "neutral" for what is not
+    there). The result is y up and
     right-handed. `raw=True` leaves it as HumanML3D's first notebook stores it: y and z exchanged, a reflection.
     `stride_fps=20` takes every int(fps/20)-th frame, as the notebook does.
-    Raises `WeftError` for missing fields or NaN.
+    Raises `WeftError` for missing fields, NaN, or a gender without a body.
     """
     fps = next((float(data[k]) for k in ("mocap_framerate", "mocap_frame_rate") if k in data), None)
     if fps is None or not fps > 0:
@@ -87,7 +88,11 @@ def amass_joints(
         raise WeftError("NaN or infinity in the poses: cut or fill them")
     gender = str(data["gender"]) if "gender" in data else "neutral"
     if isinstance(bodies, dict):
-        body = bodies.get("male" if "male" == gender.strip("b'\"") else "female") or next(iter(bodies.values()))
+        wanted = "male" if gender.strip("b'\"") == "male" else "female"
+        found = bodies.get(wanted) or bodies.get("neutral")
+        if found is None:
+            raise WeftError(f"a {wanted} body is needed (gender: {gender}), given: {', '.join(bodies)}; add its model")
+        body = found
     else:
         body = bodies
     step = max(int(fps / stride_fps), 1) if stride_fps else 1

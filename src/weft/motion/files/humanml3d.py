@@ -77,7 +77,8 @@ def read_captions(path: str | Path) -> tuple[list[Caption], list[str]]:
         except ValueError:
             faults.append(f"{where}: times '{start}' and '{stop}' are no numbers: taken as the whole clip")
             times = 0.0, 0.0
-        whole = any(math.isnan(t) for t in times) or times == (0.0, 0.0)
+        times = tuple(0.0 if math.isnan(t) else t for t in times)  # as the public loader does
+        whole = times == (0.0, 0.0)
         if not whole and times[1] <= times[0]:
             faults.append(f"{where}: ends at {times[1]} s before it starts: taken as the whole clip")
             whole = True
@@ -120,9 +121,9 @@ def records(
 ) -> list[Record]:
     """Text-to-motion records of a HumanML3D or KIT folder: one per caption of a clip, motion by its path.
 
-    Reads `<split>.txt`, `texts/ID.txt` and `new_joint_vecs/ID.npy`. Clips outside `least` to `most` frames are left
-    out as the public loader does (KIT: least 24). A caption with times goes with that piece of the clip (`Piece`, its
-    frames in `meta["frames"]`), cut at 20 frames a second as the public loader cuts it. Faults of text files stand in
+    Reads `<split>.txt`, `texts/ID.txt` and `new_joint_vecs/ID.npy`. Clips and pieces outside `least` to `most` frames
+    are left out as the public loader does (KIT: least 24). A caption with times goes with that piece of the clip
+    (`Piece`, its frames in `meta["frames"]`), cut at 20 frames a second as there. Faults of text files stand in
     `meta["faults"]` of the clip's records. Raises `WeftError` if nothing is left, and says why.
     """
     folder = Path(folder)
@@ -142,7 +143,7 @@ def records(
                 first, last = int(caption.start * 20), min(int(caption.stop * 20), frames)
                 meta["frames"], span = [first, last], last - first
                 moved = motion_part(Piece(clip, first, last))
-            if not least <= span <= most:
+            if not (least <= frames <= most and least <= span <= most):
                 skipped["length"] += 1
                 continue
             if faults:
@@ -237,9 +238,9 @@ def _clip(path: Path, row: dict[str, str], bodies: dict[str, Body] | Body) -> np
             raw=True,
             stride_fps=20,
         )
-    if "humanact12" not in str(path):
+    if "humanact12" not in row["source_path"]:
         for name, seconds in _TRIMS.items():
-            if name in str(path):
+            if name in row["source_path"]:
                 joints = joints[int(seconds * 20) :]
         joints = joints[start:stop] * np.array([-1.0, 1.0, 1.0])
     return np.asarray(joints)[:, : len(HUMANML3D.joints)]
