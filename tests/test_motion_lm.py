@@ -18,14 +18,24 @@ from motion_clips import procedural
 from tiny_motion import CODES, LEVELS, corpus, record, settings_for, tiny_motion_folder
 from weft.api_motion import MotionModel, MotionOptions
 from weft.errors import WeftError
+from weft.models.build_vlm import qwen_tokenizer
 from weft.models.motion.build import build
 from weft.models.motion.lm import MotionLM, make_options
 from weft.models.motion.lm_training import MotionLMTrainable, runs
 from weft.models.motion.load import load
 from weft.models.motion.network import MotionNetwork
-from weft.models.motion.reading import Rows, learned, wordless
+from weft.models.motion.reading import Reader, Rows, learned, read_vocabulary, wordless
 from weft.models.motion.think import think
-from weft.models.motion.tokens import SERIALISATIONS, Reply, Serialisation, Span, Vocabulary
+from weft.models.motion.tokens import (
+    CLOSE,
+    OPEN,
+    SERIALISATIONS,
+    Reply,
+    Serialisation,
+    Span,
+    Vocabulary,
+    code_names,
+)
 from weft.motion.clip import Motion
 from weft.record import Record, Turn, motion_part, text_part
 from weft.sample.tokens import Choice, Sampling, ids, pick, sample_tokens
@@ -165,6 +175,9 @@ def test_picking_follows_the_distribution() -> None:
     assert np.allclose(share(top_k=2), [0.625, 0.375, 0, 0], atol=1e-3)
     assert np.allclose(share(top_p=0.6), [0.625, 0.375, 0, 0], atol=1e-3), "the fewest that hold the share"
     assert np.allclose(share(top_p=0.5), [1, 0, 0, 0], atol=1e-3)
+    # transformers' order: the share of what the two likeliest hold; the first has 0.625 of it
+    assert np.allclose(share(top_k=2, top_p=0.6), [1, 0, 0, 0], atol=1e-3)
+    assert np.allclose(share(top_k=2, top_p=0.7), [0.625, 0.375, 0, 0], atol=1e-3)
     assert np.allclose(share(temperature=0), [1, 0, 0, 0])
     sharp = torch.tensor([0.5, 0.3, 0.15, 0.05]) ** 2
     assert np.allclose(share(temperature=0.5), (sharp / sharp.sum()).tolist(), atol=1e-3)
@@ -224,6 +237,21 @@ def test_records_become_rows(models: dict[str, MotionLM]) -> None:
     long = Record("x", "edit", [Turn("user", [motion_part(Motion(procedural(1200, 1)), "source"), text_part("walk")])])
     with pytest.raises(WeftError, match="record x: 9.. tokens, the model reads 512"):
         model.reader.encode([long], answers=False)
+
+
+def test_a_chat_model_reads_the_turns_of_its_own_template(models: dict[str, MotionLM]) -> None:
+    codec = models["flat"].codec
+    tokenizer = qwen_tokenizer(["walk, then sit", "done"], min_count=1)
+    tokenizer.add_tokens([OPEN, CLOSE, *code_names(codec.config.levels, codec.config.codes)], special_tokens=True)
+    vocabulary, markers = read_vocabulary(codec, tokenizer, "flat")
+    reader = Reader(codec, tokenizer, Serialisation("flat", vocabulary), markers, 1000)
+    said = [("user", "walk"), ("assistant", "done"), ("user", "then sit"), ("assistant", "sit")]
+    talk = Record("x", "describe", [Turn(role, [text_part(text)]) for role, text in said])
+    for answers, turns in ((True, said), (False, said[:3])):
+        messages = [{"role": role, "content": text} for role, text in turns]
+        wanted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answers)
+        ids = tokenizer(wanted.removesuffix("<|im_end|>\n") + "<|im_end|>" * answers).input_ids
+        assert reader.encode([talk], answers=answers)[0].rows[:, 0].tolist() == ids
 
 
 @pytest.mark.parametrize("name", SERIALISATIONS)
@@ -513,6 +541,7 @@ LMS: dict[str, dict[str, Any]] = {
     "hyperclovax": {"logits_scaling": 6.0},
     "minicpm3": {"dim_model_base": 8, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
                  "v_head_dim": 16},
+    "phi": {},  # its output layer has a bias
 }  # fmt: skip
 
 
@@ -522,7 +551,10 @@ def tiny_lm(kind: str, **changes: Any) -> Any:
     sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0,
              "num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.3}  # fmt: skip
     torch.manual_seed(2)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | LMS[kind] | changes)).eval()
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | LMS[kind] | changes)).eval()
+    if (bias := lm.get_output_embeddings().bias) is not None:
+        torch.nn.init.normal_(bias)
+    return lm
 
 
 @pytest.mark.parametrize("kind", sorted(LMS))

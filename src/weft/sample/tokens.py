@@ -179,7 +179,9 @@ def pick(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
         ordered, order = probability.sort(dim=-1, descending=True, stable=True)
         keep = torch.arange(count) < (sampling.top_k or count)
         if sampling.top_p is not None:  # the fewest that hold the share: a token stays if those before it do not
-            keep = keep & (ordered.cumsum(-1) - ordered < sampling.top_p)
+            kept = ordered * keep  # the share of what top_k leaves, as transformers counts it
+            kept = kept / kept.sum(-1, keepdim=True)
+            keep = keep & (kept.cumsum(-1) - kept < sampling.top_p)
         probability = torch.zeros_like(probability).scatter(-1, order, ordered * keep)
     sums = probability.cumsum(-1)
     return torch.searchsorted(sums, (uniform * sums[:, -1])[:, None], right=True)[:, 0].clamp_max(count - 1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from weft.errors import WeftError
@@ -67,7 +68,8 @@ class MotionNetwork:
         if start == 0 and stop is None:
             logits = head(hidden)
         else:
-            logits = hidden @ head.weight[start:stop].t()
+            bias = getattr(head, "bias", None)
+            logits = F.linear(hidden, head.weight[start:stop], None if bias is None else bias[start:stop])
         config = self.transformer.config
         cap = getattr(config, "final_logit_softcapping", None)
         logits = logits.float() * logit_factor(config)

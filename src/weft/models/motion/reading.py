@@ -17,8 +17,8 @@ from weft.motion.files import load_part
 from weft.record import Record, Turn
 
 TEMPLATES = (
-    ("<start_of_turn>", "<start_of_turn>user\n", "<start_of_turn>model\n", "<end_of_turn>"),  # Gemma
-    ("<|im_start|>", "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"),  # ChatML
+    ("<start_of_turn>", "<start_of_turn>user\n", "<start_of_turn>model\n", "<end_of_turn>", "\n"),  # Gemma
+    ("<|im_start|>", "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>", "\n"),  # ChatML
 )
 OWN = ("<user>", "<assistant>", "<end>")
 ROLE_WORDS = {"start": "start ", "end": "end "}
@@ -48,8 +48,8 @@ def wordless(kind: Tensor) -> Tensor:
 
 
 class Reader:
-    """Turns records into rows for one vocabulary. `markers` are the ids before a user's and an assistant's turn and
-    after a turn, `limit` the longest sequence."""
+    """Turns records into rows for one vocabulary. `markers` are the ids before a user's and an assistant's turn, after
+    a turn, and between two turns; `limit` the longest sequence."""
 
     def __init__(
         self, codec: Codec, tokenizer: Any, serial: Serialisation, markers: tuple[list[int], ...], limit: int
@@ -95,12 +95,12 @@ class Reader:
             rows[:, 0] = torch.tensor(ids, dtype=torch.long)
             pieces.append((rows, kind, None))
 
-        user, assistant, end = self.markers
+        user, assistant, end, between = self.markers
         if self.tokenizer.bos_token_id is not None:
             write([self.tokenizer.bos_token_id], 0)
         for t, turn in enumerate(record.turns if answers else asked(record)):
             mine = turn.role == "assistant"
-            write(assistant if mine else user, 0)
+            write((between if t else []) + (assistant if mine else user), 0)
             answered = False
             last = max((p for p, part in enumerate(turn.parts) if part.type == "motion"), default=-1)
             for p, part in enumerate(turn.parts):
@@ -116,7 +116,7 @@ class Reader:
                     answered |= kind == 2
             write(end, 2 if answered else 0)
         if not answers:
-            write(assistant, 0)
+            write(between + assistant, 0)
         length, limit = sum(len(rows) for rows, _, _ in pieces), self.limit
         if length > limit:
             raise WeftError(
@@ -144,7 +144,7 @@ def asked(record: Record) -> list[Turn]:
 
 
 def read_vocabulary(codec: Codec, tokenizer: Any, serialisation: str) -> tuple[Vocabulary, tuple[list[int], ...]]:
-    """The extended vocabulary of a tokenizer, and the ids of the user, assistant and end markers.
+    """The extended vocabulary of a tokenizer, and the ids of the markers (`Reader`).
 
     Raises WeftError if the tokenizer was not extended for this codec.
     """
@@ -154,7 +154,7 @@ def read_vocabulary(codec: Codec, tokenizer: Any, serialisation: str) -> tuple[V
     wrong = [n for n in (OPEN, CLOSE, names[0], names[-1]) if n not in known]
     if wrong or known[names[-1]] - known[names[0]] != len(names) - 1:
         raise WeftError(f"the tokenizer lacks {(wrong or names)[0]}: build the model from this quantiser")
-    template = next((t[1:] for t in TEMPLATES if t[0] in known), OWN)
+    template = next((t[1:] for t in TEMPLATES if t[0] in known), (*OWN, ""))
     markers = tuple(list(tokenizer(text, add_special_tokens=False).input_ids) for text in template)
     if len(markers[2]) != 1:
         raise WeftError(f"the tokenizer writes {template[2]} in {len(markers[2])} tokens; it must be one")
