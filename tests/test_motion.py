@@ -182,6 +182,7 @@ def test_mirror() -> None:
     assert np.allclose(mirror(clip)[:, 18] * [-1, 1, 1], clip[:, 19])
     text = "A man raises his Left arm, turns RIGHT and walks counter-clockwise; leftover"
     assert mirror_text(text) == "A man raises his Right arm, turns LEFT and walks clockwise; leftover"
+    assert mirror_text("anti-clockwise, Counter clockwise, clockwise") == "clockwise, Clockwise, counterclockwise"
     assert KIT.joints[KIT.mirrored[KIT.index("left_knee")]] == "right_knee"
 
 

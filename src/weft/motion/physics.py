@@ -40,10 +40,13 @@ def contacts(
 
 
 def foot_skate(joints: np.ndarray, fps: float, layout: Layout = HUMANML3D, *, floor: float = 0.0) -> dict[str, float]:
-    """Skating ratio and mean contact speed of the toes (GMD, Karunratanakul et al. 2023; Kimodo).
+    """Skating ratio and mean contact speed of the toes.
 
-    `ratio`: of the frame pairs with a toe within 0.05 m of the floor in both frames, the share that moves faster
-    than 0.2 m/s; `speed`: the mean speed over those pairs. Both 0 where a toe never touches the floor.
+    `ratio`: of the frame pairs with a toe below 0.05 m in both frames, the share that moves faster than 0.2 m/s
+    (nv-tlabs/kimodo metrics/foot_skate.py, FootSkateRatio); `speed`: the mean speed over those pairs (Kimodo's
+    FootSkateFromHeight also counts those of which only the first frame is low). Both 0 where a toe never touches the
+    floor. GMD's ratio (Karunratanakul et al. 2023) is another: of all frames, those in which a foot slides over the
+    plane faster than 0.5 m/s, also in the mean of five.
     """
     toes = joints[:, [layout.feet[1], layout.feet[3]]]
     low = toes[..., 1] - floor < 0.05
