@@ -395,11 +395,14 @@ def test_the_command_refuses_what_it_cannot_serve(
     mine = tmp_path / "mine.py"
     mine.write_text("def fn(batch, gain=1.0):\n    return []\n")
     assert "scorer 'jury' is unknown" in said("jury")
-    assert "no option 'modle'" in said("judge", "modle=x")
-    assert "needs model=" in said("judge")
+    assert "no argument 'modle': did you mean 'model'" in said("judge", "modle=x")
+    assert "missing a required argument: 'model'" in said("judge")
     assert "reached from other machines" in said(f"{mine}:fn", "--host", "0.0.0.0")
     assert "WEFT_NO_TOKEN is not set" in said(f"{mine}:fn", "--token-env", "WEFT_NO_TOKEN")
     assert "no function 'other'" in said(f"{mine}:other")
+    assert "port 99999" in said(f"{mine}:fn", "--port", "99999")
+    assert "batch 0" in said(f"{mine}:fn", "--batch", "0")
+    assert "not valid YAML" in said(f"{mine}:fn", "gain=[")
     assert "write KEY=VALUE" in said(f"{mine}:fn", "gain")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

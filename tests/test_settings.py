@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from weft.errors import WeftError
-from weft.settings import load_object, parse_yaml, read_yaml
+from weft.settings import check_arguments, load_object, parse_yaml, read_yaml
 from weft.train.config import read_recipe
 
 
 @pytest.mark.parametrize(
     "text",
-    ["[1", "a: b: c", "a: 1\na: 2", "a: {b: 1, c: 2, b: 3}", "2024-13-01", "a: !!python/name:os.system", "a: \x07", "[" * 3000],
+    ["[1", "a: b: c", "a: 1\na: 2", "a: {b: 1, b: 3}", "2024-13-01", "!!python/name:os.system", "a: \x07", "[" * 3000],
     ids=["open", "colons", "twice", "twice below", "no date", "object", "control", "deep"],
 )  # fmt: skip
 def test_yaml_that_cannot_be_meant(text: str) -> None:
@@ -62,3 +62,37 @@ def test_objects_by_their_path(tmp_path: Path) -> None:
     ):
         with pytest.raises(WeftError, match=f"^call: .*{message}"):
             load_object(dotted, "call")
+
+
+def test_arguments_are_named_before_the_call() -> None:
+    def made(batch: list[int], gain: float = 1.0, *, model: str) -> None: ...
+
+    check_arguments(made, {"model": "x"}, "scorer made", given=1)
+    for args, message in (
+        ({"modle": "x"}, " has no argument 'modle': did you mean 'model'"),
+        ({"model": "x", "colour": 2}, " has no argument 'colour': it takes batch, gain, model"),
+        ({}, ": missing a required .*argument: 'model'"),
+        ({"model": "x", "batch": 2}, ": multiple values for argument 'batch'"),
+    ):
+        with pytest.raises(WeftError, match=f"^scorer made{message}"):
+            check_arguments(made, args, "scorer made", given=1)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"call": "weft.world:records", "task": "edit"}, "task does nothing with call"),
+        ({"call": "weft.world:records", "options": {"count": 3}}, "options does nothing with call"),
+        ({"kind": "jsonl", "path": "a.jsonl", "args": {"root": "b"}}, "args does nothing with kind jsonl"),
+        ({"kind": "python", "path": "a.py:f", "args": {"n": 1}}, "args does nothing with kind python"),
+    ],
+)
+def test_what_a_source_would_not_read_is_refused(source: dict[str, object], message: str) -> None:
+    with pytest.raises(WeftError, match=rf"data\[0\]\.source\.{message}; remove it"):
+        read_recipe({"model": {"path": "x"}, "data": [{"source": source}]})
+
+
+def test_a_python_source_is_a_call() -> None:
+    given = {"kind": "python", "path": "weft.world:records", "options": {"count": 3}}
+    recipe = read_recipe(read_recipe({"model": {"path": "x"}, "data": [{"source": given}]}), ["run.seed=1"])
+    assert recipe.data[0].source.call == "weft.world:records" and recipe.data[0].source.args == {"count": 3}

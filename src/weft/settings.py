@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,8 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if (key.tag, str(key.value)) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{key.value}' stands twice", key.start_mark)
+                twice = f"the key '{key.value}' stands twice"
+                raise yaml.constructor.ConstructorError(None, None, twice, key.start_mark)
             seen.add((key.tag, str(key.value)))
         return super().construct_mapping(node, deep)
 
@@ -74,3 +76,19 @@ def load_object(dotted: str, what: str) -> Callable[..., Any]:
         hint = f"did you mean '{near[0]}'?" if near else "check the name"
         raise WeftError(f"{what}: {place} has no function '{name}': {hint}")
     return found
+
+
+def check_arguments(found: Callable[..., Any], args: dict[str, Any], what: str, given: int = 0) -> None:
+    """Raise WeftError, beginning with `what`, for an argument that `found` does not take and for one that it lacks;
+    `given` others are put before them."""
+    signature = inspect.signature(found)
+    known = signature.parameters
+    unknown = [key for key in args if key not in known]
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(known) or 'none'}"
+        raise WeftError(f"{what} has no argument '{unknown[0]}': {hint}")
+    try:
+        signature.bind(*[None] * given, **args)
+    except TypeError as error:
+        raise WeftError(f"{what}: {error}") from None

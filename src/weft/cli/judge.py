@@ -82,8 +82,8 @@ class EvalJudge:
 
     def scorer(self) -> Any:
         """The scorer that the first argument names."""
-        from weft.cli.reward import SCORERS, make_scorer
         from weft.reward.judge import judge_folder
+        from weft.reward.make import SCORERS, make_scorer
 
         if self.judge in SCORERS or ":" in self.judge:
             return make_scorer(self.judge, {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +12,6 @@ from tyro.conf import Positional
 
 from weft.errors import WeftError
 
-# name -> what makes it; user code is named as file.py:name
-SCORERS = {
-    "judge": "weft.reward.judge:Judge",
-    "clip": "weft.reward.scorers.clip:CLIPScore",
-    "pickscore": "weft.reward.scorers.clip:PickScore",
-    "hpsv2": "weft.reward.scorers.clip:HPSv2",
-    "consistency": "weft.reward.scorers.consistency:Consistency",
-    "geneval": "weft.reward.scorers.geneval:GenEval",
-    "ocr": "weft.reward.scorers.ocr:TextScore",
-    "critic": "weft.reward.scorers.critic:Critic",
-    "oracle": "weft.reward.graded:truth",
-}
 Options = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]", help_behavior_hint="")]
 
 
@@ -80,6 +67,7 @@ class Serve:
 
     def scorers(self) -> dict[str, Any]:
         """The scorers by name."""
+        from weft.reward.make import SCORERS, make_scorer
         from weft.settings import parse_yaml, read_yaml
 
         if self.scorer.endswith((".yaml", ".yml")):
@@ -103,31 +91,3 @@ class Serve:
             args[key] = parse_yaml(value, option)
         name = self.scorer if self.scorer in SCORERS else self.scorer.rpartition(":")[2]
         return {name: make_scorer(self.scorer, args)}
-
-
-def make_scorer(call: str, args: dict[str, Any]) -> Any:
-    """A scorer by its name or dotted path. A class is built with `args`; a function is called with the batch and them.
-
-    Raises WeftError for a name that is not known, and for an argument that it lacks.
-    """
-    import functools
-
-    from weft.settings import load_object
-
-    if call not in SCORERS and ":" not in call:
-        raise WeftError(f"scorer {call!r} is unknown: use {', '.join(SCORERS)}, or your own as file.py:name")
-    found = load_object(SCORERS.get(call, call), "scorer")
-    known = [name for name in inspect.signature(found).parameters]
-    for key in args:
-        if key not in known:
-            raise WeftError(f"scorer {call} has no option {key!r}; it has {', '.join(known)}")
-    if inspect.isclass(found):
-        needed = [
-            name
-            for name, parameter in inspect.signature(found).parameters.items()
-            if parameter.default is parameter.empty and name not in args
-        ]
-        if needed:
-            raise WeftError(f"scorer {call} needs {needed[0]}=...")
-        return found(**args)
-    return functools.partial(found, **args) if args else found

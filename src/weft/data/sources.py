@@ -19,7 +19,7 @@ from weft.data.shards import Row, Rows, parquet_rows, shard_rows
 from weft.errors import WeftError
 from weft.record import Record, record_from_dict, relative_path
 from weft.rows import lines, parse_json
-from weft.settings import load_object
+from weft.settings import check_arguments, load_object
 
 MAX_FAULTS = 0.02  # of all rows: above it, something is wrong with the whole, not with a row
 _OPTIONS = {
@@ -346,6 +346,7 @@ def _call(config: SourceConfig) -> Sequence[Record]:
     if config.map:
         raise WeftError(f"map: {config.path} returns records, which need none: remove the map")
     function = load_object(config.path, "source")
+    check_arguments(function, config.options, f"options of {config.path}")
     found = function(**config.options)
     records = found if isinstance(found, Sequence) else list(found) if isinstance(found, Iterable) else None
     if records is None or not len(records) or not isinstance(records[0], Record):

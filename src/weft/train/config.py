@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -333,8 +332,12 @@ def check(recipe: Recipe, file: str) -> Recipe:
     def source(config: SourceRecipe, where: str) -> None:
         need((config.call is None) != (config.kind is None), f"{where}: give either call or kind")
         need(config.kind is None or config.path is not None, f"{where}.path: kind {config.kind} needs a path")
+        for name in ("path", "map", "task", "options") if config.call is not None else ("args",):
+            have = "call" if config.call is not None else f"kind {config.kind}"
+            need(not getattr(config, name), f"{where}.{name} does nothing with {have}; remove it")
         if config.kind == "python":
-            config.call, config.args, config.kind, config.path = config.path, config.options, None, None
+            config.call, config.args, config.options = config.path, config.options, {}
+            config.kind = config.path = None
 
     run = recipe.run
     need(bool(recipe.data), "data: at least one source is needed")

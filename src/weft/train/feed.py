@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +22,8 @@ from weft.data.cache import ExampleCache, example_key
 from weft.data.sampler import Sampler, Span
 from weft.errors import WeftError
 from weft.record import Record
-from weft.settings import load_object
-from weft.train.config import Recipe, SourceRecipe, StageRecipe, nearest
+from weft.settings import check_arguments, load_object
+from weft.train.config import Recipe, SourceRecipe, StageRecipe
 from weft.train.digests import code_digest, content_digest, fingerprint
 from weft.train.fed import Fed, Row
 from weft.train.parallel import Processes
@@ -40,10 +39,7 @@ def open_source(config: SourceRecipe) -> Sequence[Record]:
     """The records of a source. Raises WeftError for a wrong callable, argument, kind or path."""
     if config.call is not None:
         function = load_object(config.call, "source.call")
-        known = list(inspect.signature(function).parameters)
-        for key in config.args:
-            if key not in known:
-                raise WeftError(f'source.args: {config.call} has no argument "{key}"; {nearest(key, known)}')
+        check_arguments(function, config.args, f"source.args of {config.call}")
         records = function(**config.args)
     else:
         from weft.data.sources import SourceConfig, load_source

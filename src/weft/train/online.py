@@ -6,8 +6,6 @@ it needs of the rollouts and computes the loss of (sample, noise level) items; i
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import math
 import time
@@ -21,14 +19,14 @@ from torch import Tensor
 from weft.errors import WeftError
 from weft.reward.advantage import AdvantageConfig, group_stats
 from weft.reward.filter import FilterConfig, banned, keep_groups
+from weft.reward.make import make_scorer
 from weft.reward.mix import Mixed, Mixture, ScorerConfig, averages, spearman
 from weft.rng import numpy_rng
 from weft.sample import kernels
 from weft.sample.solvers import SOLVERS
-from weft.settings import load_object
 from weft.train.config import nearest
 from weft.train.fed import Fed
-from weft.train.geometry import RewardRecipe, RolloutRecipe, ScorerRecipe, check_geometry
+from weft.train.geometry import RewardRecipe, RolloutRecipe, check_geometry
 from weft.train.method import Setting
 from weft.train.policy import Policies
 from weft.train.rollouts import (
@@ -377,19 +375,8 @@ def make_mixture(recipe: RewardRecipe | None, given: Any, method: str) -> Mixtur
     scorers = []
     for item in recipe.scorers:
         name = item.name or item.call.rpartition(":")[2]
-        scorers.append(ScorerConfig(name, _scorer(item), item.weight, item.scale, item.offset, item.watch, item.share))
-    return Mixture(scorers, recipe.combine)
-
-
-def _scorer(item: ScorerRecipe) -> Any:
-    found = load_object(item.call, "reward.scorers.call")
-    known = list(inspect.signature(found).parameters)
-    for key in item.args:
-        if key not in known:
-            raise WeftError(f'reward.scorers.args: {item.call} has no argument "{key}"; {nearest(key, known)}')
-    if inspect.isclass(found):
-        made = found(**item.args)
-        if callable(ready := getattr(made, "ready", None)):
+        scorer = make_scorer(item.call, item.args, "reward.scorers")
+        if callable(ready := getattr(scorer, "ready", None)):
             ready()
-        return made
-    return functools.partial(found, **item.args) if item.args else found
+        scorers.append(ScorerConfig(name, scorer, item.weight, item.scale, item.offset, item.watch, item.share))
+    return Mixture(scorers, recipe.combine)

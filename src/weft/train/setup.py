@@ -12,7 +12,7 @@ from torch import nn
 from weft.errors import WeftError
 from weft.models.adapt import add_lora, load_whole, start_lora
 from weft.rng import seed_of
-from weft.settings import load_object
+from weft.settings import check_arguments, load_object
 from weft.train.config import Recipe, nearest
 from weft.types import Trainable
 
@@ -44,11 +44,9 @@ def make_trainable(recipe: Recipe, device: torch.device) -> Trainable:
     kind = load_object(recipe.trainable, "trainable")
     args = dict(recipe.trainable_args)
     known = list(inspect.signature(kind).parameters)
-    for key in args:
-        if key not in known:
-            raise WeftError(f'trainable_args: {recipe.trainable} has no argument "{key}"; {nearest(key, known)}')
     torch.manual_seed(seed_of(recipe.run.seed, "init"))
     first = [recipe.model.path] if recipe.model.path is not None and known and known[0] not in args else []
+    check_arguments(kind, args, f"trainable_args of {recipe.trainable}", given=len(first))
     trainable = kind(*first, **args)
     for module in trainable.modules().values():
         module.to(device)
