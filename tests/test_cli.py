@@ -125,6 +125,11 @@ def test_bad_requests(weft: Run, tmp_path: Path, picture: Path) -> None:
     is_one_line(weft("plan", "tiny/nothing-like-it-at-all"), "no recipe")
     is_one_line(weft("data", "check", tmp_path / "r.jsonl"), "r.jsonl", "does not exist")
     is_one_line(weft("data", "convert", tmp_path, "-o", tmp_path / "r.txt"), ".jsonl")
+    is_one_line(weft("generate", "a star", "-o", out, "--guidance", "nan"), "guidance is nan")
+    is_one_line(weft("generate", "a star", "-o", out, "--option", "layout=["), "--option layout=[", "not valid YAML")
+    is_one_line(weft("generate", "like {" + "x" * 300 + "}", "-o", out), "no such file")
+    is_one_line(weft("describe", picture, "--vlm", "http://host:port/v1", "--vlm-model", "m"), "not a server's address")
+    is_one_line(weft("train", "tiny/kontext", "--evaluate", "world", "-o", tmp_path), "run.evaluate_every is 0")
     assert not out.exists()
 
 
@@ -250,6 +255,8 @@ def test_a_mask_keeps_what_lies_outside(weft: Run, tiny: Path, picture: Path, tm
     assert weft(*words, "--size", "64x64")[0] == 0
     before, after = (np.asarray(Image.open(path).convert("RGB")) for path in (picture, out))
     assert (before[:, 32:] == after[:, 32:]).all() and (before[:, :32] != after[:, :32]).any()
+    white.resize((64, 48)).save(mask)
+    is_one_line(weft(*words, "--size", "64x64"), "64 x 48", "64 x 64")
 
 
 def test_records_in_batches(weft: Run, tiny: Path, picture: Path, tmp_path: Path) -> None:
@@ -267,6 +274,12 @@ def test_records_in_batches(weft: Run, tiny: Path, picture: Path, tmp_path: Path
     a, b = (read_metadata(folder / "blue.png") for folder in (out, tmp_path / "alone"))
     assert a == b
     is_one_line(weft("edit", *options, "-o", out), "no record")
+    mixed, long = tmp_path / "mixed.jsonl", tmp_path / "long.jsonl"
+    write_records(mixed, [make_record("a star", id="new", size=(64, 64)), make_record("red", picture, id="old")])
+    status, text, err = weft("generate", *options[:-1], mixed, "-o", tmp_path / "mixed")
+    assert status == 0 and "left out: 1 records for weft edit" in err and text.count("\n") == 1
+    write_records(long, [make_record("a star", id="é" * 150)])
+    is_one_line(weft("generate", *options[:-1], long, "-o", out), "300 bytes")
     is_one_line(weft("generate", *options, "-o", tmp_path / "x.png"), "folder")
 
 
@@ -305,6 +318,15 @@ def test_data_commands(weft: Run, picture: Path, tmp_path: Path) -> None:
     assert status == 0 and "1 records" in err
     assert weft("data", "check", again)[0] == 0
     is_one_line(weft("data", "show", file, "--start", 5), "no record from number 5")
+    is_one_line(weft("data", "show", file, "--start", -1), "--start -1")
+    is_one_line(weft("data", "show", file, "-n", 0), "--count 0")
+    before = file.read_bytes()
+    is_one_line(weft("data", "show", file, "-o", file), "name it .html")
+    is_one_line(weft("data", "convert", file, "-o", file), "is the source")
+    is_one_line(weft("data", "convert", file, "-o", tmp_path / "held_out.jsonl", "--hold", 0.5), "another -o")
+    is_one_line(weft("data", "convert", tmp_path / "none", "-o", again), "does not exist")
+    is_one_line(weft("data", "convert", tmp_path / "*.tar", "-o", again, "--kind", "webdataset"), "no such file")
+    assert file.read_bytes() == before
 
     for medium in again.parent.rglob("*.png"):
         medium.unlink()
@@ -373,6 +395,7 @@ def test_eval_world(weft: Run, tiny: Path, tmp_path: Path) -> None:
     settings = json.loads((out / "run.json").read_text())
     assert settings["model"] == str(tiny) and settings["steps"] == 1
     assert weft("eval", "world", "--rescore", out)[0] == 0
+    is_one_line(weft("eval", "world", "--rescore", out, "--steps", 2), "--steps does nothing with --rescore")
     is_one_line(weft("eval", "world", "--groups", "edit/paint"), "edit/paint", "edit/add")
     is_one_line(weft("eval", "world", "--model", tiny, "--size", "64x64"), "--size")
     is_one_line(weft(*words, "--seed", 1), "another run", "seed")

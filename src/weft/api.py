@@ -58,7 +58,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
             raise WeftError(f"steps is {self.steps}; it must be at least 1")
-        if self.guidance is not None and self.guidance < 1:
+        if self.guidance is not None and not 1 <= self.guidance < float("inf"):
             raise WeftError(f"guidance is {self.guidance:g}; it must be at least 1 (1: no guidance)")
         if self.batch < 1:
             raise WeftError(f"batch is {self.batch}; it must be at least 1")
@@ -211,6 +211,8 @@ class Model:
 
         # A record's condition is computed once however many samples it has in the batch.
         unique = list({id(record): record for record, _ in jobs}.values())
+        for record in unique:
+            _check_mask(record)
         place = {id(record): i for i, record in enumerate(unique)}
         steps, guidance = self.resolve(options)
         positive = self.flow.encode(unique)
@@ -303,6 +305,14 @@ def read_defaults(folder: Path, family: Defaults) -> Defaults:
         return Defaults(int(found.get("steps", family.steps)), float(found.get("guidance", family.guidance)))
     except (ValueError, TypeError, AttributeError) as error:
         raise WeftError(f'{path}: not of the form {{"steps": 28, "guidance": 3.5}} ({error})') from error
+
+
+def _check_mask(record: Record) -> None:
+    """Raise WeftError for a mask of another shape than the source's: it would be squeezed to say something else."""
+    if record.mask is not None and record.source is not None:
+        (w, h), (width, height) = record.load(record.mask).size, record.load(record.source).size
+        if abs(w * height / (h * width) - 1) > 0.02:
+            raise WeftError(f"the mask has {w} x {h} pixels, the source {width} x {height}: draw it at that size")
 
 
 def _keep_outside(image: Image.Image, record: Record) -> Image.Image:

@@ -68,6 +68,10 @@ class Show:
     def run(self) -> int:
         check_file(self.path, "records file")
         out = self.out or self.path.with_suffix(".html")
+        if out.suffix.lower() != ".html":
+            raise WeftError(f"{out}: a page is written; name it .html")
+        if self.count < 1 or self.start < 0:
+            raise WeftError(f"--count {self.count} --start {self.start}: show 1 record or more, from number 0 on")
         check_folder(out.parent)
         from weft.record import MOTION_SUFFIXES, read_records
 
@@ -129,7 +133,7 @@ class Convert:
     motion: OmitArgPrefixes[MotionFiles] = field(default_factory=MotionFiles)
 
     def run(self) -> int:
-        if not self.source.exists():
+        if self.kind not in ("parquet", "webdataset") and not self.source.exists():  # those take patterns
             raise WeftError(f"source {self.source} does not exist")
         if self.motion.to is not None or self.out.suffix.lower() in MOVEMENTS:
             refuse(self, ("source", "out", "motion"), "for motion files")
@@ -140,6 +144,12 @@ class Convert:
                 "folder; name such a file with -o"
             )
         refuse(self.motion, (), "for records; give such options to --kind motion with --option")
+        held = self.out.with_name("held_out.jsonl")
+        for path in (self.out, held) if self.hold is not None else (self.out,):
+            if path.absolute() == self.source.absolute():
+                raise WeftError(f"{path} is the source; write the records elsewhere")
+        if self.hold is not None and self.out == held:
+            raise WeftError(f"{held} is where --hold puts its share; name another -o")
         check_folder(self.out.parent)
         from weft.data.sources import SourceConfig, hold_out, load_source
         from weft.record import write_records
@@ -155,7 +165,7 @@ class Convert:
         records = load_source(config)
         files = {self.out: records}
         if self.hold is not None:
-            files[self.out], files[self.out.with_name("held_out.jsonl")] = hold_out(records, self.hold)
+            files[self.out], files[held] = hold_out(records, self.hold)
         for note in getattr(records, "notes", []):
             print(f"note: {note}", file=sys.stderr)
         for fault in getattr(records, "faults", []):

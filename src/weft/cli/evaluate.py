@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes
 
-from weft.cli.options import ModelOptions, MovementOptions, SamplingOptions, check_folder
+from weft.cli.options import ModelOptions, MovementOptions, SamplingOptions, check_folder, refuse
 from weft.errors import WeftError
 
 
@@ -43,6 +43,7 @@ class EvalWorld:
         from weft.evals.world_groups import DEFAULT, expand
 
         if self.rescore is not None:
+            refuse(self, ("rescore", "shown"), "with --rescore")
             rescore_world(self.rescore, shown=self.shown, show=True)
             print(self.rescore / "report.html")
             return 0
@@ -113,6 +114,7 @@ class EvalMotionWorld:
         from weft.evals.motion_world import evaluate_motion_world, rescore_motion_world
 
         if self.rescore is not None:
+            refuse(self, ("rescore", "shown"), "with --rescore")
             rescore_motion_world(self.rescore, shown=self.shown, show=True)
             print(self.rescore / "report.html")
             return 0

@@ -102,7 +102,8 @@ def message(error: Exception) -> str | None:
         return f"the disk is full{where}: free some space and run again, nothing finished was lost"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    full = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's, on a CPU
+    if full or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory: lower --batch, -n or --size, or use --offload, --tiling or --dtype bf16"
     return None
 

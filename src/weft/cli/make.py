@@ -6,7 +6,7 @@ import dataclasses
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -113,14 +113,20 @@ class _Make:
         print(f"{self.n} {what}(s) in {time.perf_counter() - begun:.1f} s", file=sys.stderr)
         return 0
 
-    def _run_records(self, records: Sequence[Record]) -> int:
-        """Many records: out/<id>.png (or <id>-<k>.png), each written as soon as its batch is done."""
+    def _run_records(self, found: Sequence[Record], other: str, ours: Callable[[Record], bool]) -> int:
+        """Many records: out/<id>.png (or <id>-<k>.png), each written as soon as its batch is done. Those that are not
+        `ours` are left to the `other` command."""
+        records = [record for record in found if ours(record)]
         if not records:
             raise WeftError(f"{self.records}: no record of this task in it")
+        if len(records) < len(found):
+            print(f"left out: {len(found) - len(records)} records for weft {other}", file=sys.stderr)
         names = [re.sub(r"[^\w.-]", "_", record.id) for record in records]
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise WeftError(f"{self.records}: two records would write {twice}.{self.format}; give them different ids")
+        if long := next((name for name in names if len(name.encode()) > 200), None):
+            raise WeftError(f"{self.records}: id {long[:30]}... has {len(long.encode())} bytes: 200 fit a file's name")
         size = parse_size(self.sampling.size)
         for record in records:
             record.meta |= {"size": list(size)} if size else {}
@@ -159,7 +165,7 @@ class Generate(_Make):
         if self._only_for_movements("start", "end", "then"):
             return self._run_movement()
         if self.records is not None:
-            return self._run_records([record for record in read_records(self.records) if record.source is None])
+            return self._run_records(list(read_records(self.records)), "edit", lambda record: record.source is None)
         assert self.instruction is not None
         return self._run(make_record(weave(self.instruction), size=parse_size(self.sampling.size)))
 
@@ -204,7 +210,9 @@ class Edit(_Make):
         again = self._only_for_movements("replace")
         if self.records is not None:
             self._check_records(None if self.source is None else str(self.source))
-            return self._run_records([record for record in read_records(self.records) if record.source is not None])
+            return self._run_records(
+                list(read_records(self.records)), "generate", lambda record: record.source is not None
+            )
         if self.source is None:
             raise WeftError("no source; weft edit SOURCE INSTRUCTION -o OUT, or --records FILE")
         self._check_records(self.instruction)

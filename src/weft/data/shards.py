@@ -120,8 +120,8 @@ def shard_rows(path: Path) -> Rows:
     """Samples of a webdataset shard: members of one name, by their suffix (`7.source.png` is column `source`).
 
     Text members are read, JSON objects are merged into the row, pictures stay in the file. Links, devices and names
-    that lead out of the shard are faults, and so is an early end. A sample with a faulty member is left out whole, and so
-    is the last one before an early end: without its source an edit would be another task.
+    that lead out of the shard are faults, and so is an early end. A sample with a faulty member is left out whole, and
+    so is the last one before an early end: without its source an edit would be another task.
     """
     current, row = "", Row()
     faults: list[tuple[str, WeftError]] = []

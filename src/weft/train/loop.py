@@ -61,6 +61,8 @@ def run(
     user can mend, Preempted (a SystemExit) after SIGTERM.
     """
     config = read_recipe(recipe, overrides)
+    if evaluators and not config.run.evaluate_every:
+        raise WeftError(f"{', '.join(evaluators)} would never be measured: run.evaluate_every is 0")
     return Trainer(config, evaluators or {}, say, reward).run()
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from weft.errors import WeftError, exit_status
+from weft.media import atomic_write
+from weft.models.flow import framed
 from weft.reward.mix import averages
 from weft.train.config import GridRecipe, Recipe, plain, read_recipe
 from weft.train.feed import open_source
@@ -82,6 +84,7 @@ def _held_out(config: Recipe, grid: GridRecipe, reward: Any) -> Evaluator:
         source = open_source(grid.source)
         records = [source[i] for i in range(min(grid.count, len(source)))]
         records = sized(records, stage_sizes(config.stages[-1]) if config.stages else None)
+        records = [framed(model, record) for record in records]
         scores = mixture.score(list(zip(records, draw(model, grid, records), strict=True)))
         mixed = mixture.mixed(scores, config.run.steps)  # with the weights that the stage ends with
         return averages({"reward": mixed.total} | mixed.parts) | {"missing": float(np.isnan(mixed.total).mean())}
@@ -138,7 +141,8 @@ def _record(path: Path, table: list[dict[str, Any]]) -> None:
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     names = {row["folder"] for row in table}
     rows = table + [row for row in old if row["folder"] not in names]
-    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    with atomic_write(path) as file:  # a torn table would stop the next start
+        file.write(json.dumps(rows, indent=1).encode() + b"\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
