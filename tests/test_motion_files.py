@@ -477,13 +477,19 @@ def test_captions(tmp_path: Path) -> None:
         "only text",
         "bad#x/X#a#b",
         "two#fields",
+        "runs#run/VERB#nan#3.0",
+        "hops#hop/VERB#4.0#nan",
+        "skips#skip/VERB#-1.0#2.0",
+        "stays#stay/VERB#1.0#inf",
     ]
     (tmp_path / "1.txt").write_text("\n".join(lines))
     captions, faults = read_captions(tmp_path / "1.txt")
-    assert [c.text for c in captions] == ["a person walks.", "turns", "goes #1 fast", "sits", "only text", "bad", "two"]
+    texts = ["a person walks.", "turns", "goes #1 fast", "sits", "only text", "bad", "two"]
+    assert [c.text for c in captions] == [*texts, "runs", "hops", "skips", "stays"]
+    assert [(c.start, c.stop) for c in captions[7:]] == [(0.0, 3.0), (None, None), (None, None), (None, None)]
     assert (captions[1].start, captions[1].stop, captions[0].start) == (2.0, 4.5, None)
     assert captions[0].tokens[2] == ("walk", "VERB")
-    assert [f.split(":")[1] for f in faults] == ["3", "4", "6", "7"]
+    assert [f.split(":")[1] for f in faults] == ["3", "4", "6", "7", "9", "10", "11"]
 
 
 def test_motion_parts(clip: Motion, tmp_path: Path) -> None:

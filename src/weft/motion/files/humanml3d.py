@@ -73,14 +73,14 @@ def read_captions(path: str | Path) -> tuple[list[Caption], list[str]]:
         if not tokens:
             faults.append(f"{where}: no tokens")
         try:
-            times = float(start), float(stop)
+            times = [float(start), float(stop)]
         except ValueError:
             faults.append(f"{where}: times '{start}' and '{stop}' are no numbers: taken as the whole clip")
-            times = 0.0, 0.0
-        times = tuple(0.0 if math.isnan(t) else t for t in times)  # as the public loader does
-        whole = times == (0.0, 0.0)
-        if not whole and times[1] <= times[0]:
-            faults.append(f"{where}: ends at {times[1]} s before it starts: taken as the whole clip")
+            times = [0.0, 0.0]
+        times = [0.0 if math.isnan(t) else t for t in times]  # as the public loader does
+        whole = not any(times)
+        if not whole and not 0 <= times[0] < times[1] < math.inf:
+            faults.append(f"{where}: from {times[0]} to {times[1]} s is no piece: taken as the whole clip")
             whole = True
         captions.append(Caption(text.strip(), tokens, *((None, None) if whole else times)))
     return captions, faults
