@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from test_online import HERE, good, log, quiet, recipe, same, trained
 from tiny import tiny_kontext_folder
 from weft.errors import WeftError
+from weft.models.flow import framed
+from weft.record import make_record
 from weft.reward import Mixture, ScorerConfig
+from weft.reward.advantage import group_key
 from weft.reward.mix import some
+from weft.rng import numpy_rng
 from weft.train import plan, read_recipe, run
 from weft.train.checkpoint import newest, read_checkpoint
+from weft.train.geometry import RolloutRecipe
 from weft.train.loop import Trainer
 from weft.train.policy import Policies
+from weft.train.rollouts import Sample, encode_batches
 from weft.types import Score
 
 REFILL = {"groups": 3, "group_size": 4, "batch": 4, "updates": 2, "refill": 2}
@@ -152,6 +162,35 @@ def test_an_epochs_rewards_are_logged_whichever_steps_are(folder, tmp_path):
     parts = ("encode", "rollout", "decode", "reward", "reward_wait", "update")
     assert all(row[f"seconds/{part}"] >= 0 for row in rows for part in parts)
     assert all(row["seconds/update"] > 0 for row in rows)
+
+
+def test_scorers_see_the_source_as_it_was_cut(tmp_path):
+    """A photo of 60 x 40 at a stage of 32 x 32 is edited as its middle square: that is what the output is beside."""
+    rng = numpy_rng(0, "photo")
+    photo, mask, other = (Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)) for _ in range(3))
+    photo.save(tmp_path / "photo.png")
+    asked = make_record("make it red", "photo.png", mask=mask, references=[other], size=(32, 32), root=tmp_path)
+    family = SimpleNamespace(asked_size=lambda size: None, resample=Image.Resampling.LANCZOS)
+    seen = []
+
+    def conditions(records):
+        seen.extend(records)
+        return [f"condition of {record.id}" for record in records]
+
+    feed = SimpleNamespace(trainable=family, conditions=conditions)
+    samples = [Sample(k, f"{k}", "group", k, asked, (0, 0)) for k in range(2)]
+    encode_batches(feed, RolloutRecipe(), [samples])
+    assert len(seen) == 1 and all(sample.record is seen[0] for sample in samples)
+    middle = photo.resize((32, 32), Image.Resampling.LANCZOS, box=(10, 0, 50, 40))
+    assert np.array_equal(np.asarray(seen[0].load(seen[0].source)), np.asarray(middle))
+    assert seen[0].load(seen[0].mask).size == (32, 32)
+    assert seen[0].references[0] is asked.references[0] and asked.source.path == "photo.png"
+    assert group_key(seen[0]) != group_key(asked) and samples[0].group == "group", "groups keep their keys"
+    family.asked_size = lambda size: (48, 32)  # stretched as a whole, nothing is cut
+    assert framed(family, asked) is asked
+    del asked.meta["size"]
+    family.asked_size = lambda size: None
+    assert framed(family, asked) is asked
 
 
 def test_a_watched_scorer_may_look_at_a_share():

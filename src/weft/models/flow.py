@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from weft.types import Condition, Draw, Example, FlowModel, Loss
 if TYPE_CHECKING:
     from PIL import Image
 
-    from weft.record import Record
+    from weft.record import Part, Record
 
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -94,6 +94,30 @@ def stretch(image: Image.Image, size: Size, resample: Any = Pillow.Resampling.BI
     """The picture resized to `size`, as the releases do."""
     height, width = size
     return image if image.size == (width, height) else image.resize((width, height), resample)
+
+
+def framed(model: Any, record: Record) -> Record:
+    """The record with its source and mask in memory, cut to the `meta["size"]` that `pictures` cuts the source to: so
+    that a scorer compares the output with what was edited, as the public loaders do (PKU-YuanGroup/UniWorld-V2,
+    scripts/train_nft_kontext.py). The record itself where nothing is cut: no size, no source, a family that stretches.
+    """
+    asked, source, mask = record.meta.get("size"), record.source, record.mask
+    rule = getattr(model, "asked_size", None)
+    if asked is None or source is None or rule is None or rule(tuple(asked)) is not None:
+        return record
+    raw, size = record.load(source), (int(asked[0]), int(asked[1]))
+
+    def cut(part: Part) -> Part:
+        if part is source:
+            return replace(part, path=None, value=cover(raw, size, model.resample))
+        if part is mask:
+            hard = Pillow.Resampling.NEAREST
+            return replace(part, path=None, value=cover(record.load(part).resize(raw.size, hard), size, hard))
+        return part
+
+    if raw.size == size[::-1]:
+        return record
+    return replace(record, turns=[replace(turn, parts=[cut(part) for part in turn.parts]) for turn in record.turns])
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import WeftError
+from weft.models.flow import framed
 from weft.record import Record
 from weft.reward.advantage import group_key
 from weft.reward.mix import Mixture
@@ -135,9 +136,11 @@ def add_samples(
 
 
 def encode_batches(feed: Feed, recipe: RolloutRecipe, batches: Sequence[Sequence[Sample]]) -> None:
-    """Conditions of the samples: every request once, shared by its group."""
+    """Conditions of the samples: every request once, shared by its group. Their records become those that were encoded:
+    scorers see the same source."""
     own = [sample for batch in batches for sample in batch]
     records = {sample.group: sample.record for sample in own}
+    records = {group: framed(feed.trainable, record) for group, record in records.items()}
     conditions: dict[str, Condition] = {}
     negatives: dict[str, Condition] = {}
     groups = list(records)
@@ -148,6 +151,7 @@ def encode_batches(feed: Feed, recipe: RolloutRecipe, batches: Sequence[Sequence
         if recipe.guidance > 1:
             negatives |= dict(zip(some, feed.conditions(part, negative=recipe.negative), strict=True))
     for sample in own:
+        sample.record = records[sample.group]
         sample.condition, sample.negative = conditions[sample.group], negatives.get(sample.group)
 
 
