@@ -112,9 +112,10 @@ def coefficients(
 def log_prob_of(x_next: Tensor, mean: Tensor, std: Tensor, *, kind: str, valid: Tensor | None = None) -> Tensor:
     """Log-density [B] of x_next under N(mean, std^2), averaged (not summed) over all real cells and channels.
 
-    The constants are kept. For cps it is -(x_next - mean)^2, as that method defines it: no variance, no constants
-    (at its last step, sigma' = 0, the transition is deterministic and this says nothing; leave that step out).
-    No gradient flows into x_next.
+    The constants are kept (DanceGRPO's public code and its copies lose those of dance_sde to a line break; ratios do
+    not change). For cps it is -(x_next - mean)^2, as that method defines it: no variance, no constants (at its last
+    step, sigma' = 0, the transition is deterministic and this says nothing; leave that step out). No gradient flows
+    into x_next.
     """
     error = (x_next.detach() - mean) ** 2
     if kind == "cps":

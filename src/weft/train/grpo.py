@@ -1,7 +1,8 @@
 """Flow-GRPO (arXiv 2505.05470) and its family as options of one implementation: a clipped likelihood ratio over the
 noisy steps of stored rollouts.
 
-    full trajectory   rollout.kind flow_sde, no window (Flow-GRPO)
+    full trajectory   rollout.kind flow_sde, no window (Flow-GRPO; its later code makes the last step without noise:
+                      rollout.window {size: steps - 1, move: fixed})
     Fast              rollout.window {size, range, move: random}; kind cps for CPS (arXiv 2509.05952)
     Dance             rollout.kind dance_sde, rollout.same_latent, advantage {std: group, ddof: 1, eps: 1e-8},
                       timesteps random, timestep_fraction 0.6, rollout.window {size: steps - 1, move: fixed}: its
