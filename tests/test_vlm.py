@@ -54,9 +54,12 @@ def mixed_questions() -> list[list[Turn]]:
     ]
 
 
-def test_greedy_replies_are_those_of_transformers(vlm: LocalVLM) -> None:
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_greedy_replies_are_those_of_transformers(vlm: LocalVLM, monkeypatch, penalty: float) -> None:
+    """Also with a repetition penalty, which the released Qwen2.5-VL folders ask for (1.05)."""
+    monkeypatch.setattr(vlm.model.generation_config, "repetition_penalty", penalty)
     questions = mixed_questions()
-    replies = vlm.ask(questions, Ask(max_tokens=4))
+    replies = vlm.ask(questions, Ask(max_tokens=4, top=0))
     for question, reply in zip(questions, replies, strict=True):
         item = vlm.encode(question)
         shown = {"pixel_values": torch.cat(item.patches), "image_grid_thw": item.grids} if item.patches else {}
@@ -71,6 +74,8 @@ def test_greedy_replies_are_those_of_transformers(vlm: LocalVLM) -> None:
         made = out[0, len(item.ids) :]
         assert reply.text == vlm.processor.tokenizer.decode(made, skip_special_tokens=True)
         assert len(reply.tokens) == len(made)
+    plain, measured = vlm.ask(questions, Ask(max_tokens=4, top=0)), vlm.ask(questions, Ask(max_tokens=4))
+    assert (penalty == 1) == ([reply.text for reply in plain] == [reply.text for reply in measured])
 
 
 def test_a_reply_does_not_depend_on_its_batch_or_on_sharing(vlm: LocalVLM) -> None:

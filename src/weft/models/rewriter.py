@@ -2,8 +2,9 @@
 that the adapters were trained on.
 
 The diffusion model reads the rewritten text alone; nothing else passes between the two. Prompt, suffixes and greedy
-decoding are those of dvlab-research/DreamOmni2, inference_{edit,gen}.py. Any Qwen2.5-VL-class model will do, in this
-process or behind an OpenAI-compatible server; only one that was trained to (see `rewriter_training`) answers in form.
+decoding (with the repetition penalty of the VLM's own generation settings) are those of dvlab-research/DreamOmni2,
+inference_{edit,gen}.py. Any Qwen2.5-VL-class model will do, in this process or behind an OpenAI-compatible server; only
+one that was trained to (see `rewriter_training`) answers in form.
 """
 
 from __future__ import annotations

@@ -134,7 +134,11 @@ class LocalVLM:
         self._inside: Tensor | None = None  # tokens that may stand inside a text of a structured reply
 
     def ask(self, questions: Sequence[Question], how: Ask) -> list[Reply]:
-        """One reply for each question, in order. Raises WeftError for a choice that is not one token."""
+        """One reply for each question, in order. Raises WeftError for a choice that is not one token.
+
+        Where only a text is wanted (no `choices`, `top` 0), tokens repeat as little as the model's own generation
+        settings say, as in `generate` and on servers; where probabilities are, they alone choose.
+        """
         choices = self.choice_ids(how.choices)
         encoded = [self.encode(question) for question in questions]
         keys = [_prefix_key(item, _cut(item)) for item in encoded]
@@ -295,10 +299,16 @@ class LocalVLM:
         tokens: list[list[Token]] = [[] for _ in items]
         open_rows = set(range(len(items)))
         writers = self._writers(len(items), output.logits.shape[-1], how)
+        penalty = getattr(self.model.generation_config, "repetition_penalty", None) or 1.0
         for step in range(how.max_tokens):
-            log_probs = output.logits[:, -1].float().log_softmax(-1).cpu()  # [B, V]
-            barred = [w.bar(row) for w, row in zip(writers, log_probs, strict=True)] if writers else None
-            picked = self._pick(log_probs if barred is None else torch.stack(barred), how, draws)
+            logits = output.logits[:, -1].float()  # [B, V]
+            log_probs = scores = logits.log_softmax(-1).cpu()
+            if penalty != 1 and how.top == 0 and not choices:
+                rows = [item.ids.tolist() + own for item, own in zip(items, made, strict=True)]
+                scores = _penalised(logits.cpu(), rows, penalty)
+            if writers:
+                scores = torch.stack([w.bar(row) for w, row in zip(writers, scores, strict=True)])
+            picked = self._pick(scores, how, draws)
             for row in sorted(open_rows):
                 tokens[row].append(self._token(log_probs[row], picked[row], how, wanted, choices))
                 made[row].append(picked[row])
@@ -330,14 +340,14 @@ class LocalVLM:
         alphabet = Alphabet.of(tokenizer, how.fields, self._inside)
         return [Writer(alphabet, how.max_tokens, min(self.ends)) for _ in range(count)]
 
-    def _pick(self, log_probs: Tensor, how: Ask, draws: list[np.random.Generator]) -> list[int]:
+    def _pick(self, scores: Tensor, how: Ask, draws: list[np.random.Generator]) -> list[int]:
         if how.temperature <= 0:
-            return log_probs.argmax(-1).tolist()
-        cumulative = (log_probs.double() / how.temperature).softmax(-1).cumsum(-1).numpy()
+            return scores.argmax(-1).tolist()
+        cumulative = (scores.double() / how.temperature).softmax(-1).cumsum(-1).numpy()
         places = [
             int(np.searchsorted(row, draw.random() * row[-1])) for row, draw in zip(cumulative, draws, strict=True)
         ]
-        return [min(place, log_probs.shape[-1] - 1) for place in places]
+        return [min(place, scores.shape[-1] - 1) for place in places]
 
     def _token(self, row: Tensor, picked: int, how: Ask, wanted: Tensor, choices: dict[int, str]) -> Token:
         best = row.topk(min(how.top, len(row)))
@@ -352,6 +362,14 @@ class LocalVLM:
         if token not in self._texts:
             self._texts[token] = self.processor.tokenizer.decode([token])
         return self._texts[token]
+
+
+def _penalised(logits: Tensor, rows: Sequence[list[int]], penalty: float) -> Tensor:
+    """Logits [B, V] with those of the tokens in each row lowered (arXiv 1909.05858, section 4.1), by transformers."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    lower: Any = RepetitionPenaltyLogitsProcessor(penalty)
+    return torch.cat([lower(torch.tensor([row]), own[None]) for row, own in zip(rows, logits, strict=True)])
 
 
 def _starts(item: Encoded) -> list[int]:

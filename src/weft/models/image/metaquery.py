@@ -295,7 +295,7 @@ class UniPic2MetaQuery(UniPic2Kontext):
         from weft.vlm.local import LocalVLM
 
         turn = Turn("user", [*(image_part(picture) for picture in pictures), text_part(question)])
-        return LocalVLM(self.vlm, self.processor, name="vlm").ask([[turn]], Ask(max_tokens=max_tokens))[0].text
+        return LocalVLM(self.vlm, self.processor, name="vlm").ask([[turn]], Ask(max_tokens=max_tokens, top=0))[0].text
 
     def save(self, folder: Path) -> None:
         """Write the released layout: transformer, vae, conditioner, scheduler. The VLM is not copied: `weft.json`
