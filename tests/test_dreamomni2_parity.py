@@ -110,6 +110,8 @@ def test_formats_and_the_released_output_grid():
         (672, 1568): (656, 1552), (800, 1328): (784, 1312), (1328, 800): (1312, 784), (1568, 672): (1552, 656)
     }  # fmt: skip
     assert plain.output_size([], None) == (1024, 1024)
+    assert plain.own_size((50, 60)) == (944, 1104)  # its programs resize before the pipeline rounds edges down
+    assert parity.own_size((50, 60)) == parity.own_size((9, 9)) == (1024, 1024)
     assert parity.input_sizes([(1568, 672), (500, 500)], True, (1552, 656)) == [(1568, 672), (1024, 1024)]
 
 

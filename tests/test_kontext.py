@@ -512,8 +512,9 @@ def test_options_that_cannot_be_honoured_are_refused(folder, tmp_path):
         load(folder, device="cpu", attention_backend="nothing")
     with pytest.raises(WeftError, match="dtype 'int4' is unknown"):
         load(folder, device="cpu", dtype="int4")
-    with pytest.raises(WeftError, match="must be a multiple of 16"):
-        load(folder, device="cpu", resolution=100)
+    for resolution in (100, 0, -64):
+        with pytest.raises(WeftError, match="must be a multiple of 16"):
+            load(folder, device="cpu", resolution=resolution)
 
 
 def test_options_reach_diffusers(folder):

@@ -176,7 +176,7 @@ def load(
     arguments: dict[str, Any] = {} if wanted is None else {"options": wanted}
     model: Any = family.model(
         parts,
-        resolution=resolution or card.get("resolution"),
+        resolution=card.get("resolution") if resolution is None else resolution,
         licence=licence_notes([name_or_folder, getattr(wanted, "vlm", ""), *lora_names(adapters, lora)]),
         device=target if offload != "none" else None,
         **arguments,

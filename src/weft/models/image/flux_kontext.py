@@ -43,11 +43,11 @@ KONTEXT_FORMATS = (
 class FluxOptions:
     """Choices of a FLUX Kontext model.
 
-    `layout`: where references stand (`layouts.LAYOUTS`). `parity`: the release's output grid; of a size that is asked
-    for it takes the shape alone. `embedded_guidance`: the number a guidance-distilled transformer is told; not
-    classifier-free guidance, which comes on top. `text_length`: longest T5 text in tokens. `reference_tokens`: the most
-    tokens that a request's references (all pictures but the source) may have together; larger ones are scaled down
-    alike.
+    `layout`: where references stand (`layouts.LAYOUTS`). `parity`: sizes as the release's pipeline chooses them; of one
+    that is asked for it takes the shape alone. `embedded_guidance`: the number a guidance-distilled transformer is
+    told; not classifier-free guidance, which comes on top. `text_length`: longest T5 text in tokens.
+    `reference_tokens`: the most tokens that a request's references (all pictures but the source) may have together;
+    larger ones are scaled down alike.
     """
 
     layout: str = "dreamomni2"
@@ -116,9 +116,11 @@ class FluxKontext(PackedFlow):
     def own_size(self, size: flow.Size) -> flow.Size:
         """The format of the nearest aspect ratio; between two equally near the narrower one, as in the release.
 
-        The aspect is the picture's own, as in its programs (`resizeinput`); the pipelines called alone round the
-        edges down to multiples of 16 first, which can choose another format for a small picture.
+        The aspect is the picture's own, as in the release's programs (`resizeinput`); under `parity`, as in its
+        pipeline and stock Kontext's, that of edges rounded down, which can choose another format for an odd size.
         """
+        if self.options.parity:
+            size = (max(1, size[0] // self.multiple), max(1, size[1] // self.multiple))
         aspect = size[1] / size[0]
         return min((abs(aspect - w / h), w, h, (h, w)) for h, w in self.formats())[-1]
 

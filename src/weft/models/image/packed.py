@@ -29,8 +29,8 @@ class PackedFlow(ImageFlow):
     def _measure(self, channels: int, patch: int, downsample: int, resolution: int | None) -> None:
         self.channels, self.patch, self.downsample = channels, patch, downsample
         self.multiple = downsample * patch
-        self.resolution = resolution or RESOLUTION
-        if self.resolution % self.multiple:
+        self.resolution = RESOLUTION if resolution is None else resolution
+        if self.resolution < 1 or self.resolution % self.multiple:
             raise WeftError(f"resolution {self.resolution} must be a multiple of {self.multiple}")
 
     def settings(self) -> dict[str, Any]:

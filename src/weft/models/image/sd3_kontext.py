@@ -54,9 +54,10 @@ class UniPic2Kontext(ImageFlow):
         self.downsample = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.multiple = self.downsample * self.patch
         # The release edits at 512 although its transformer is configured for 1024.
-        self.resolution = resolution or min(512, self.transformer.config.sample_size * self.downsample)
+        usual = min(512, self.transformer.config.sample_size * self.downsample)
+        self.resolution = usual if resolution is None else resolution
         self.factor = 32 if self.resolution >= 256 else self.multiple
-        if self.resolution % self.multiple:
+        if self.resolution < 1 or self.resolution % self.multiple:
             raise WeftError(f"resolution {self.resolution} must be a multiple of {self.multiple}")
 
     def _anchor(self) -> Tensor:
