@@ -307,6 +307,7 @@ def test_arrays(clip: Motion, tmp_path: Path) -> None:
     read = read_motion(path)
     assert np.abs(read.joints - from_features(features).joints).max() == 0
     assert read.stored is not None and np.array_equal(read.stored, features) and read.digest != clip.digest
+    assert np.array_equal(read.features(), features) and read.features(heading="correct").shape == (len(read) - 1, 263)
     cut = read.crop(3, 9).stored
     assert cut is not None and np.array_equal(cut, features[3:9])
     assert all(m.stored is None for m in (read.mirror(), read.placed(), read.resample(30), clip))

@@ -85,8 +85,15 @@ class Motion:
         write_motion(self, path)
 
     def features(self, *, heading: str = "humanml3d") -> np.ndarray:
-        """[T-1, 263 or 251] at the layout's frame rate; see `weft.motion.features.extract`."""
+        """[T-1, 263 or 251] at the layout's frame rate (`weft.motion.features.extract`), or those of `stored_by`."""
+        if (stored := self.stored_by(heading)) is not None:
+            return stored.astype(np.float32)
         return extract(self.resample(self.layout.fps).joints, layout=self.layout, heading=heading)
+
+    def stored_by(self, heading: str) -> np.ndarray | None:
+        """The stored features [T, 263 or 251], if `heading` is the dataset's own: by that rule files are taken to be
+        made. Made again from joints they would differ where the heading passes half a turn."""
+        return self.stored if heading == "humanml3d" else None
 
     def resample(self, fps: float) -> Motion:
         """The same movement at another frame rate; see `resample`."""

@@ -58,8 +58,8 @@ class Codec:
         """Normalised features [T, F] of each clip, T a multiple of the stride.
 
         Features speak of a frame and the next, so each clip is first continued by one frame at its last speed: n
-        frames give n rows. With the dataset's own heading rule, features that a clip was read from (`Motion.stored`)
-        are taken as they are, as MoMask does: made again from joints they would differ.
+        frames give n rows. Features that a clip was read from are taken as they are, as MoMask does
+        (`Motion.stored_by`).
         """
         prepared = []
         for clip in clips:
@@ -78,7 +78,7 @@ class Codec:
         return [row.astype(np.float32, copy=False) for row in cut]
 
     def _stored(self, clip: Motion) -> np.ndarray | None:
-        return clip.stored if self.heading == "humanml3d" and len(clip) >= self.config.stride else None
+        return clip.stored_by(self.heading) if len(clip) >= self.config.stride else None
 
     @torch.no_grad()
     def encode(self, clips: Sequence[Motion]) -> list[Tensor]:
