@@ -12,7 +12,7 @@ from PIL import Image
 from test_online import HERE, good, log, quiet, recipe, same, trained
 from tiny import tiny_kontext_folder
 from weft.errors import WeftError
-from weft.models.flow import framed
+from weft.models.flow import cover, framed
 from weft.record import make_record
 from weft.reward import Mixture, ScorerConfig
 from weft.reward.advantage import group_key
@@ -181,7 +181,7 @@ def test_scorers_see_the_source_as_it_was_cut(tmp_path):
     samples = [Sample(k, f"{k}", "group", k, asked, (0, 0)) for k in range(2)]
     encode_batches(feed, RolloutRecipe(), [samples])
     assert len(seen) == 1 and all(sample.record is seen[0] for sample in samples)
-    middle = photo.resize((32, 32), Image.Resampling.LANCZOS, box=(10, 0, 50, 40))
+    middle = photo.crop((10, 0, 50, 40)).resize((32, 32), Image.Resampling.LANCZOS)
     assert np.array_equal(np.asarray(seen[0].load(seen[0].source)), np.asarray(middle))
     assert seen[0].load(seen[0].mask).size == (32, 32)
     assert seen[0].references[0] is asked.references[0] and asked.source.path == "photo.png"
@@ -191,6 +191,16 @@ def test_scorers_see_the_source_as_it_was_cut(tmp_path):
     del asked.meta["size"]
     family.asked_size = lambda size: None
     assert framed(family, asked) is asked
+
+
+@pytest.mark.parametrize("width, height", [(61, 40), (40, 61), (63, 64), (31, 7), (45, 45)])
+def test_photos_are_cut_as_in_the_public_loader(width, height):
+    """The statements of UniWorld-V2's PromptImageDataset on sizes whose rest is odd."""
+    photo = Image.fromarray(numpy_rng(1, "photo").integers(0, 256, (height, width, 3), dtype=np.uint8))
+    least = min(photo.size)
+    left, top = (width - least) // 2, (height - least) // 2
+    public = photo.crop((left, top, left + least, top + least)).resize((32, 32), Image.Resampling.LANCZOS)
+    assert np.array_equal(np.asarray(cover(photo, (32, 32), Image.Resampling.LANCZOS)), np.asarray(public))
 
 
 def test_a_watched_scorer_may_look_at_a_share():

@@ -80,14 +80,15 @@ def fit_longer_edge(size: Size, longer: int, factor: int = 32) -> Size:
 
 
 def cover(image: Image.Image, size: Size, resample: Any = Pillow.Resampling.BICUBIC) -> Image.Image:
-    """The picture scaled until it covers `size`, and cropped around its centre if the aspect differs."""
+    """The picture scaled until it covers `size`; if the aspect differs, it is first cropped around its centre, by whole
+    pixels (of an odd number the one more on the right or below: PKU-YuanGroup/UniWorld-V2, PromptImageDataset)."""
     height, width = size
     if image.size == (width, height):
         return image
     scale = max(width / image.width, height / image.height)
-    w, h = width / scale, height / scale
-    left, top = (image.width - w) / 2, (image.height - h) / 2
-    return image.resize((width, height), resample, box=(left, top, left + w, top + h))
+    w, h = max(1, round(width / scale)), max(1, round(height / scale))
+    left, top = (image.width - w) // 2, (image.height - h) // 2
+    return image.crop((left, top, left + w, top + h)).resize((width, height), resample)
 
 
 def stretch(image: Image.Image, size: Size, resample: Any = Pillow.Resampling.BICUBIC) -> Image.Image:
