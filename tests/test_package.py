@@ -86,6 +86,9 @@ def unsafe(tree: ast.AST, path: Path) -> list[str]:
         name = ast.unparse(node.func)
         if name == "torch.load" and path == CONVERTER and "weights_only=True" in ast.unparse(node):
             continue  # the one reader of foreign checkpoints
+        said = [word.arg for word in node.keywords]
+        if re.search(r"(^|\.)Auto[A-Z]\w*\.from_pretrained$", name) and "trust_remote_code" not in said:
+            found.append(f"{path.name}:{node.lineno}: {name} would ask whether to run foreign code")
         if name in ("eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "os.system"):
             found.append(f"{path.name}:{node.lineno}: calls {name}")
         if any(word.arg == "shell" and ast.unparse(word.value) == "True" for word in node.keywords):
@@ -128,6 +131,7 @@ try:
 except ImportError:
     scipy = None
 torch.load("x"); model.eval(); eval("1"); load(trust_remote_code=True); load(trust_remote_code=False)
+AutoModel.from_pretrained("x"); transformers.AutoConfig.from_pretrained("x", trust_remote_code=False)
 """
     tree = ast.parse(code)
     assert [line.split(": ")[1].split()[-1] for line in upward(tree, here)] == [
@@ -135,7 +139,7 @@ torch.load("x"); model.eval(); eval("1"); load(trust_remote_code=True); load(tru
         "weft.world",
         "weft.train",
     ]
-    assert len(unsafe(tree, here)) == 4
+    assert len(unsafe(tree, here)) == 5
     assert len(swallowed(tree, here)) == 1
     assert upward(ast.parse("import weft.evals.stats"), PACKAGE / "synth" / "x.py")
     assert not upward(ast.parse("import weft.cli.main"), PACKAGE / "tour.py")

@@ -107,7 +107,9 @@ class ClipTrainable:
         self.encoder_name, self.tokenizer_name = encoder, encoder.replace("text_encoder", "tokenizer")
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(part_folder(path, self.tokenizer_name))
         folder = part_folder(path, encoder)
-        self.encoder: Any = CLIPTextModelWithProjection.from_pretrained(folder, dtype=torch.float32)
+        self.encoder: Any = CLIPTextModelWithProjection.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True
+        )
         self.size = size
         self.contrast = Contrast(size, patch, width, layers, heads, self.encoder.config.projection_dim)
 
@@ -171,7 +173,7 @@ class T5Trainable:
 
         self.tokenizer: Any = T5TokenizerFast.from_pretrained(part_folder(path, "tokenizer_3"))
         folder = part_folder(path, "text_encoder_3")
-        self.encoder: Any = T5EncoderModel.from_pretrained(folder, dtype=torch.float32)
+        self.encoder: Any = T5EncoderModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         config = self.encoder.config.__class__.from_dict(
             self.encoder.config.to_dict()
             | {

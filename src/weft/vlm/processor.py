@@ -59,8 +59,8 @@ class Processor:
         if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
             raise WeftError(f"{folder}: no preprocessor_config.json; give the folder of a Qwen2.5-VL-class model")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            images = AutoImageProcessor.from_pretrained(folder, backend="pil")
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            images = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise WeftError(f"{folder}: tokenizer or image processor cannot be read ({line})") from error

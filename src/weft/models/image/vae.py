@@ -67,7 +67,7 @@ class AutoencoderTrainable:
             folder = folder / "vae"
         if not (folder / "config.json").is_file():
             raise WeftError(f"{path}: holds neither vae/config.json nor config.json; give a model or VAE folder")
-        self.vae: Any = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+        self.vae: Any = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
         self.weights = {"l1": l1, "l2": l2, "edge": edge, "kl": kl}
         self.detail, self.noise, self.train_encoder = detail, noise, encoder
         if noise and encoder:

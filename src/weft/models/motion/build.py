@@ -118,7 +118,7 @@ def make_tokenizer(settings: dict[str, Any]) -> Any:
     if "path" in given:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(given["path"])
+        return AutoTokenizer.from_pretrained(given["path"], trust_remote_code=False)
     source = settings.get("corpus") or settings.get("statistics")
     if source is None:
         raise WeftError("section 'corpus' is missing: a source of records whose texts make the tokenizer")
@@ -131,7 +131,9 @@ def make_transformer(settings: dict[str, Any], tokenizer: Any) -> Any:
 
     given = dict(settings["transformer"])
     if "path" in given:
-        return AutoModelForCausalLM.from_pretrained(given["path"], dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(
+            given["path"], dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
     kind = given.pop("model_type", None)
     if kind is None:
         raise WeftError("transformer: give model_type (such as gemma2) with its sizes, or path")

@@ -57,7 +57,7 @@ def load_tokenizer(folder: Path):  # type: ignore[no-untyped-def]
     if not (folder / "tokenizer").is_dir():
         raise WeftError(f"{folder}: no folder 'tokenizer'; export the model again")
     try:
-        return AutoTokenizer.from_pretrained(folder / "tokenizer")
+        return AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise WeftError(f"{folder}/tokenizer: cannot be read ({str(error).splitlines()[0][:200]})") from error
 
@@ -73,7 +73,8 @@ def load_transformer(folder: Path, dtype: torch.dtype):  # type: ignore[no-untyp
         raise WeftError(f"{folder}: no folder 'transformer'; export the model again")
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).eval()
+        found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        return found.eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise WeftError(f"{path}: cannot be read ({str(error).splitlines()[0][:200]})") from error
 
