@@ -17,7 +17,7 @@ import torch
 
 from weft.errors import WeftError
 from weft.train import checkpoint
-from weft.train.checkpoint import fault, newest, read_checkpoint, write_checkpoint
+from weft.train.checkpoint import differences, fault, newest, read_checkpoint, write_checkpoint
 
 
 def tensors(step: int, size: int = 100):
@@ -146,3 +146,10 @@ while True:
         found = newest(tmp_path)
         assert found is not None
         assert int(found.name[5:]) >= max(1, done[-1]) or json.loads((found / "state.json").read_text())["step"] >= 1
+
+
+def test_a_cache_may_change_unless_it_rounds():
+    kept, rounded = {"folder": "a", "text_dtype": "fp32"}, {"folder": "b", "text_dtype": "bf16"}
+    assert differences({"cache": None}, {"cache": kept}) == differences({"cache": rounded}, {"cache": rounded}) == []
+    assert differences({"cache": kept}, {"cache": rounded}) == ["cache.text_dtype: fp32 -> bf16"]
+    assert differences({"cache": rounded}, {"cache": None}) == ["cache.text_dtype: bf16 -> fp32"]

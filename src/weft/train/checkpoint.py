@@ -153,6 +153,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Dotted keys whose values differ and matter, as `key: old -> new`. An option that the checkpoint's version of weft
     did not know, and that is off (0, null, false, empty), is no difference."""
     changes: list[str] = []
+    a, b = ((tree.get("cache") or {}).get("text_dtype", "fp32") for tree in (old, new))  # the one that rounds
+    if a != b:
+        changes.append(f"cache.text_dtype: {a} -> {b}")
     for section in new:
         if section not in FREE_SECTIONS:
             changes += _changes(section, old.get(section), new[section])
