@@ -318,6 +318,25 @@ def test_adapters_are_found_in_the_model_s_folder_and_as_single_files(folder, re
         load(folder, device="cpu", adapters={"style": "x"})
 
 
+def test_an_export_whose_adapters_came_out_wrong_is_found(folder, release, tmp_path, monkeypatch):
+    from weft.models import export as leaving
+
+    shutil.copytree(folder, tmp_path / "model")
+    shutil.copytree(release, tmp_path / "model", dirs_exist_ok=True)
+    assert leaving.export(tmp_path / "model", tmp_path / "right", device="cpu").difference < 1e-5
+    real = leaving.save_lora
+
+    def scaled(modules, out, *, name):
+        file = real(modules, out, name=name)
+        factor = 1.1 if name == "generation" else 1.0
+        save_file({key: factor * value for key, value in load_file(file).items()}, file)  # alpha is the rank
+        return file
+
+    monkeypatch.setattr(leaving, "save_lora", scaled)
+    with pytest.raises(WeftError, match="do not use it"):
+        leaving.export(tmp_path / "model", tmp_path / "wrong", device="cpu")
+
+
 def test_a_lora_for_another_base_is_refused_by_name(folder, release, tmp_path):
     state = load_file(release / "edit_lora" / "pytorch_lora_weights.safetensors")
     key = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"

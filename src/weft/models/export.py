@@ -82,15 +82,20 @@ def merge_adapters(module: nn.Module) -> int:
 
 @torch.no_grad()
 def probe(model: Any) -> Tensor:
-    """A velocity of fixed noise, edited picture and text, by which two models are compared."""
+    """Velocities of fixed noise, edited picture and text, by which two models are compared; of a model with routed
+    adapters also beside a reference, edited and made anew, which is where these act."""
     from PIL import Image
 
     edge = 4 * model.multiple
     source = Image.linear_gradient("L").convert("RGB").resize((edge, edge))
-    records = [make_record("make the star red", source, size=(edge, edge), id="probe")]
-    shape = (1, model.channels, edge // model.downsample, edge // model.downsample)
-    x = normal(shape, 0, "probe")
-    return model.velocity(x, torch.tensor([0.5]), model.prepare(model.encode(records))).float().cpu()
+    routed = getattr(model, "router", None) is not None
+    records = [
+        make_record("make the star red", picture, references=references, size=(edge, edge), id="probe")
+        for picture, references in [(source, []), (source, [source]), (None, [source])][: 3 if routed else 1]
+    ]
+    shape = (model.channels, edge // model.downsample, edge // model.downsample)
+    x = normal(shape, 0, "probe").expand(len(records), *shape)
+    return model.velocity(x, torch.full((len(records),), 0.5), model.prepare(model.encode(records))).float().cpu()
 
 
 def export(

@@ -81,7 +81,7 @@ def picture_ids(
             places.append(places[twin - 1])
             continue
         place = {"none": (0, 0), "width": (0, right), "diagonal": (down, right)}.get(layout.shift)
-        if place is None:  # mosaic: beside the block if that leaves it no wider than putting it below leaves it tall
+        if place is None:  # mosaic: beside the block if that leaves it less wide than putting it below leaves it tall
             place = (0, right) if rows + down > columns + right else (down, 0)
             down, right = max(down, rows + place[0]), max(right, columns + place[1])
         else:
