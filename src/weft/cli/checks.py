@@ -22,7 +22,7 @@ from weft.cli.shipped import tested_versions, zoo_models
 CORE = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 EXTRAS = {
     "photos": ("skimage",),
-    "data": ("pyarrow", "webdataset"),
+    "data": ("pyarrow",),
     "track": ("tensorboard", "wandb", "trackio"),
     "quant": ("bitsandbytes",),
 }
