@@ -87,6 +87,7 @@ def test_keys_depend_on_every_part():
     assert len(keys) == 4
 
 
+@pytest.mark.slow
 def test_hundred_thousand_entries_are_fast(tmp_path):
     """100 k entries (small ones here, the tables are what counts) and batches of 64 of the real size in < 2 ms."""
     cache = ExampleCache(tmp_path, shard=25_000)

@@ -53,6 +53,7 @@ def small(tmp_path_factory) -> tuple[Path, list[str]]:
     return flux, changes
 
 
+@pytest.mark.slow
 def test_joint_training_ends_in_a_folder_that_edits_and_rewrites(small, tmp_path, capsys):
     flux, changes = small
     out = tmp_path / "joint"

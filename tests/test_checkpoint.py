@@ -70,6 +70,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, where
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"] and fault(tmp_path / "step-000001") is None
 
 
+@pytest.mark.slow
 def test_a_file_size_limit_is_a_clean_error(tmp_path):
     """The real system call fails half-way (RLIMIT_FSIZE, the portable stand-in for a full disk)."""
     code = """
@@ -92,6 +93,7 @@ except WeftError as error:
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
 
 
+@pytest.mark.slow
 def test_killed_at_any_byte_it_recovers(tmp_path, monkeypatch):
     """What a kill leaves is a prefix of the write sequence; every prefix resolves to a complete checkpoint."""
     monkeypatch.setattr(checkpoint, "sync", lambda path: None)  # for speed: no power is cut here
@@ -119,6 +121,7 @@ def test_killed_at_any_byte_it_recovers(tmp_path, monkeypatch):
         assert newest(folder).name == "step-000003" and not list(folder.glob(".writing*"))
 
 
+@pytest.mark.slow
 def test_killed_for_real_it_recovers(tmp_path):
     code = """
 import sys, torch

@@ -372,6 +372,7 @@ def test_the_doctor(weft: Run, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> N
 # ---------------------------------------------------------------- evaluating and training
 
 
+@pytest.mark.slow
 def test_eval_world(weft: Run, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "eval"
     words = [

@@ -294,6 +294,7 @@ def test_the_scorer_says_the_mean_that_was_trained(folder: Path, tmp_path: Path)
     assert broken.value is None and "not finite" in (broken.reason or "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["uncertainty", "bradley_terry"])
 def test_a_critic_learns_which_is_better(folder: Path, tmp_path: Path, loss: str) -> None:
     weights = {"target": 1, "copy": 1, "blank": 1, "misread": 1}

@@ -79,6 +79,7 @@ SMALL = ["generate", "edit/recolour", "edit/move", "edit/unseen phrasing"]
 QUICK = {"groups": SMALL, "count": 4, "steps": 2, "baseline_count": 2}
 
 
+@pytest.mark.slow
 def test_the_target_scores_everything_and_the_report_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     report = evaluate_world(Ideal(target), out=tmp_path, show=True, **QUICK)
     assert [group.count for group in report.groups.values()] == [4, 4, 4, 8, 4]
@@ -106,6 +107,7 @@ def test_the_target_scores_everything_and_the_report_says_so(tmp_path: Path, cap
     assert "100.0 [100.0, 100.0]" in printed and "edit: unseen phrasing" in printed and "…" not in printed
 
 
+@pytest.mark.slow
 def test_copying_the_source_scores_nothing_but_keeps_the_rest() -> None:
     report = evaluate_world(Ideal(source), **QUICK)
     for name in ("edit/recolour", "edit/move", EDIT_MEAN, "edit/unseen phrasing"):
@@ -115,6 +117,7 @@ def test_copying_the_source_scores_nothing_but_keeps_the_rest() -> None:
     assert report.groups["generate"].success.value == 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     evaluate_world(Ideal(target), out=whole, batch_size=3, **QUICK)
@@ -152,12 +155,14 @@ def _lines(folder: Path) -> dict[str, dict]:
     return {row["key"]: row for row in rows}
 
 
+@pytest.mark.slow
 def test_results_of_another_run_are_not_mixed(tmp_path: Path) -> None:
     evaluate_world(Ideal(target), out=tmp_path, **QUICK)
     with pytest.raises(WeftError, match="steps was 2, is 3"):
         evaluate_world(Ideal(target), out=tmp_path, **{**QUICK, "steps": 3})
 
 
+@pytest.mark.slow
 def test_pictures_are_judged_again_without_a_model(tmp_path: Path) -> None:
     before = evaluate_world(Ideal(target), out=tmp_path, **QUICK)
     rows = before.results.rows  # type: ignore[union-attr]
@@ -209,6 +214,7 @@ def test_guidance_encodes_the_negative_text() -> None:
     assert len(model.seen) == 2
 
 
+@pytest.mark.slow
 def test_groups_are_independent_and_stable() -> None:
     names = expand(["generate", "edit", "unseen", "held-out pair", "held-out kind"])
     names += expand(["multi_edit", "multi_generate", "references", "concepts"])
@@ -231,6 +237,7 @@ def test_groups_are_independent_and_stable() -> None:
         expand(["fly"])
 
 
+@pytest.mark.slow
 def test_groups_with_references_say_what_they_gave(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     groups = ["multi_edit/3 references", "multi_generate/3 references", "multi_edit/global"]
     report = evaluate_world(Ideal(target), groups=groups, count=3, steps=1, baseline_count=2, out=tmp_path, show=True)

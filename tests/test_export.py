@@ -46,6 +46,7 @@ def lora(folder, tmp_path_factory):
 # -- export
 
 
+@pytest.mark.slow
 def test_merged_weights_equal_the_adapter_at_its_strength(folder, lora, tmp_path, scale=0.5):
     adapted, plain = load(folder, device="cpu", lora=[(str(lora), scale)]), load(folder, device="cpu")
     before = probe(adapted)

@@ -116,6 +116,7 @@ def test_an_aligned_picture_shares_its_twin_s_place_and_leaves_no_trace():
         picture_ids(find_layout("dreamomni2"), (4, 6), references, (0, 1))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_layout_changes_what_the_model_sees(folder, model):
     c, x, sigma = MIXED[2], X[2:3, :, :6], SIGMA[2:3]

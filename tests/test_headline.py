@@ -31,6 +31,7 @@ def test_differences_are_paired_and_resample_records(headline):
     assert headline.compare({"0": after}, {"0": before}, "collateral")["seed 0"]["count"] == 1
 
 
+@pytest.mark.slow
 def test_the_control_costs_as_much(headline, tmp_path):
     options = headline.argparse.Namespace(override=["control:run.batch_size=24"], model="tiny-kontext", looks=8)
     made = headline.recipes(options, tmp_path, 3)

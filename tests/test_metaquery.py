@@ -288,6 +288,7 @@ def test_trained_queries_keep_the_vlm_and_the_export_opens(folders, tmp_path):
 LORA = {"rank": 2, "alpha": 4, "targets": ["attn.to_q"]}
 
 
+@pytest.mark.slow
 def test_a_lora_and_the_conditioner_beside_it_are_one_export(folders, tmp_path):
     """It opens with one option, at its strength alone; continues; leaves merged or as it is."""
     from weft.models.export import export, probe

@@ -72,6 +72,7 @@ def test_python_face(clip: Motion, tmp_path: Path) -> None:
     assert isinstance(weft.MotionModel, type)
 
 
+@pytest.mark.slow
 def test_make_and_describe(run: Run, echo: None, clip: Motion, tmp_path: Path) -> None:
     walk = tmp_path / "walk.bvh"
     for suffix in ("bvh", "glb", "npz", "npy", "gif"):
@@ -113,6 +114,7 @@ def test_a_real_model_folder(run: Run, tmp_path: Path) -> None:
     assert status == 0 or "wrote nothing" in err
 
 
+@pytest.mark.slow
 def test_between_two_movements_and_in_a_row(run: Run, tmp_path: Path) -> None:
     """Random weights, the real code: what must hold whatever was learnt."""
     from tiny_motion import motion, tiny_motion_folder
@@ -223,6 +225,7 @@ def folder_of_clips(folder: Path, clip: Motion) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_convert_files(run: Run, clip: Motion, tmp_path: Path) -> None:
     clips = folder_of_clips(tmp_path / "in", clip)
     one = clips / "02" / "02_01.bvh"
@@ -306,6 +309,7 @@ def test_feature_folder_and_records(run: Run, clip: Motion, tmp_path: Path) -> N
     is_one_line(run(*common), "expected name and caption")
 
 
+@pytest.mark.slow
 def test_a_fine_tune_from_the_folder_to_the_movement(run: Run, tmp_path: Path) -> None:
     """Recordings and a table of descriptions -> records of both tasks -> the recipe -> a movement, by four commands."""
     from tiny_motion import tiny_motion_folder

@@ -216,6 +216,7 @@ def damaged(path: Path, seed: int, count: int) -> Iterator[bytes]:
         yield data[: at + length] + data[at:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [*READS, ".amc"])
 def test_damaged_files(run: Run, clip: Motion, tmp_path: Path, suffix: str) -> None:
     """Through convert, one by one, and as a folder of them through records, check and show."""
@@ -303,6 +304,7 @@ def test_frames_that_are_no_numbers(
         assert why is not None and "NaN or infinity" in why and " 4" in why and path.name in why, (name, why)
 
 
+@pytest.mark.slow
 def test_wrong_channel_orders(run: Run, clip: Motion, model: Path, tmp_path: Path) -> None:
     """Angles that belong to other channels make a wrong movement of a right body, or one line; nothing else."""
     rng = np.random.default_rng(3)

@@ -190,6 +190,7 @@ def test_picking_follows_the_distribution() -> None:
 # -- the model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SERIALISATIONS)
 def test_folder_opens_to_the_same_model(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     model = load(folders[name], device="cpu")

@@ -81,6 +81,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_exact_answer_scores_everything_and_the_report_says_so(exact: Path) -> None:
     report = rescore_motion_world(exact, shown=0)
     assert list(report.groups) == [*SMALL[:3], EDIT_MEAN, *SMALL[3:]]
@@ -102,6 +103,7 @@ def test_the_exact_answer_scores_everything_and_the_report_says_so(exact: Path) 
             assert np.load(exact / part["path"]).shape[1:] == (22, 3)
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_was_asked_and_made(exact: Path) -> None:
     rescore_motion_world(exact, shown=1)
     html = (exact / "report.html").read_text()
@@ -119,6 +121,7 @@ def test_the_page_shows_what_was_asked_and_made(exact: Path) -> None:
     assert "two turns, played 1 (right)" in viewer and "result, turn 2" in viewer
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_source_keeps_the_rest_and_changes_nothing() -> None:
     groups = ["edit/style", "edit/trajectory", "chain/three_turn", "in_context"]
     items = MOTIONS.items("test", groups, 2, 0)
@@ -200,6 +203,7 @@ def test_an_interrupted_run_goes_on_and_equals_an_uninterrupted_one(exact: Path,
         evaluate_motion_world(again, out=tmp_path, top_k=3, **QUICK)
 
 
+@pytest.mark.slow
 def test_movements_are_judged_again_without_a_model(exact: Path) -> None:
     before = rescore_motion_world(exact, shown=0)
     rows = before.results.rows  # type: ignore[union-attr]
@@ -238,6 +242,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> MotionLM:
     return load(tiny_motion_folder(tmp_path_factory.mktemp("tiny") / "model"), device="cpu")
 
 
+@pytest.mark.slow
 def test_a_random_model_end_to_end(
     tiny: MotionLM, weft_run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip

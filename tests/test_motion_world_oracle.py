@@ -70,6 +70,7 @@ def trial(count: int, seed: int, tasks: tuple[str, ...], wear: Wear) -> tuple[fl
     return float(np.mean(accepted)), float(np.mean(fooled)), "; ".join(failures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wear", WEARS)
 def test_oracle_accepts_targets_and_rejects_what_is_wrong(wear: str) -> None:
     accepted, fooled, failures = trial(12, 8, ("generate", "edit"), WEARS[wear])

@@ -176,6 +176,7 @@ def noted(monkeypatch, kind, name):
     return seen
 
 
+@pytest.mark.slow
 def test_the_adapters_train_on_what_the_base_has_encoded(zoo, tmp_path, monkeypatch):
     """The three recipes in turn, as `make tiny-omni` runs them, on few records for two steps each."""
     monkeypatch.chdir(tmp_path)  # their folders are relative

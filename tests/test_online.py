@@ -179,6 +179,7 @@ def test_a_python_reward_and_a_mixture_replace_the_recipes(folder, tmp_path):
 # -- resume -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["nft", "grpo"])
 def test_resume_anywhere_within_an_epoch_is_the_uninterrupted_run(method, folder, tmp_path):
     options = {"old": {"flat": 1, "rate": 0.2, "hold": 0.5}} if method == "nft" else {"reference": "start"}

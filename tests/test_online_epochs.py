@@ -74,6 +74,7 @@ def test_refills_that_need_not_divide_are_cut_evenly(folder, tmp_path):
     assert [s.index for batch in epoch.batches for s in batch] == list(range(len(epoch.samples)))
 
 
+@pytest.mark.slow
 def test_resume_within_a_refilled_epoch_is_the_uninterrupted_run(folder, tmp_path):
     run(tree(folder, tmp_path / "whole"), say=quiet)
     stopped = tree(folder, tmp_path / "stopped")
@@ -227,6 +228,7 @@ def test_a_watched_scorer_may_look_at_a_share():
 # -- plans ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_plan_counts_what_an_epoch_does(folder, tmp_path, monkeypatch):
     """The counts of forwards are those that a run makes (sample by sample), and of scorer calls."""
     cases = [
@@ -263,6 +265,7 @@ def test_a_plan_counts_what_an_epoch_does(folder, tmp_path, monkeypatch):
         assert estimate.flops == pytest.approx(epoch.epochs * passes * estimate.stages[0].flops)
 
 
+@pytest.mark.slow
 def test_plans_of_rollouts_read_well_and_refuse_with_numbers(folder, tmp_path):
     text = str(plan(recipe(folder, tmp_path)))
     assert "2 of 8 samples; in each 24 sample forwards in rollouts, 16 with and 32 without a gradient" in text

@@ -16,6 +16,7 @@ FLUX, T5_XXL, CLIP_L = 11_901_408_320, 4_762_310_656, 123_060_480
 QWEN_IMAGE, QWEN_VL_7B = 20_430_401_088, 8_292_166_656
 
 
+@pytest.mark.slow
 def test_flux_and_its_adapter():
     found = plan(ROOT / "dreamomni2" / "edit.yaml", ["plan.tflops=100"])
     assert found.parameters["transformer"] == FLUX and found.parameters["text_encoder_2"] == T5_XXL

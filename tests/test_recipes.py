@@ -116,6 +116,7 @@ def shrunk(path, folders, out):
     return tree
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT / "recipes")))
 def test_two_steps(path, folders, tmp_path):
     recipe = read_recipe(shrunk(path, folders, tmp_path))

@@ -81,6 +81,7 @@ def row(*parts: dict[str, Any], **changes: Any) -> dict[str, Any]:
 # -- JSONL --
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(RECORD, max_size=4, unique_by=lambda r: r.id))
 def test_round_trip(records: list[Record]) -> None:
@@ -382,6 +383,7 @@ def test_digest_follows_the_content(tmp_path: Path) -> None:
 # -- cost --
 
 
+@pytest.mark.slow
 def test_reading_100k_rows_takes_seconds(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     turns = [

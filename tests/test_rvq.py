@@ -200,6 +200,7 @@ def test_folder_round_trip(codec: Codec, folder: Path) -> None:
     (folder / "rvq" / "away.json").rename(folder / "rvq" / "config.json")
 
 
+@pytest.mark.slow
 def test_a_momask_checkpoint_opens(tmp_path: Path) -> None:
     """Its file layout, read in a process apart; a pickle that would run code is refused."""
     torch.save({"vq_model": momask_state(), "ep": 3, "opt_vq_model": {}}, tmp_path / "net_best_fid.tar")

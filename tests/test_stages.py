@@ -52,6 +52,7 @@ def test_two_stages_continue_one_adapter_and_measure_both_tasks(folder, tmp_path
     assert again[1].last["edits/size"] == table[1]["edits/size"]
 
 
+@pytest.mark.slow
 def test_without_evaluators_every_stage_is_measured_by_all_rewards_on_held_out_requests(folder, tmp_path):
     """As the command line runs PDTR: the recipes are all it has."""
     stages = two(folder, tmp_path)
@@ -80,6 +81,7 @@ def test_full_weights_continue_from_the_exported_folder(folder, tmp_path):
     assert any(not torch.equal(a[k], start[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_an_adapter_starts_from_an_export_of_the_same_shape_only(folder, tmp_path):
     tree = recipe(folder, tmp_path / "a")
     tree["run"]["steps"] = 1

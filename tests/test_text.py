@@ -99,6 +99,7 @@ def test_clip_loss_by_hand_and_equal_texts_are_no_negatives(folder: Path) -> Non
         assert not torch.allclose(model.loss(examples[:2], draw).per_sample, torch.zeros(2), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_clip_learns_and_saves_what_transformers_loads(folder: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
@@ -134,6 +135,7 @@ def test_t5_examples_and_loss_by_hand(folder: Path) -> None:
         model.examples([make_record("draw a star")])
 
 
+@pytest.mark.slow
 def test_t5_learns_rewrites_and_keeps_the_encoder(folder: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, T5EncoderModel
 

@@ -232,6 +232,7 @@ def recipe(folder: Path, out: Path, name: str, **more) -> dict:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reasoning", [False, True])
 def test_a_judge_learns_its_records_and_opens_as_any_judge(folder: Path, tmp_path: Path, reasoning: bool) -> None:
     settings = recipe(folder, tmp_path, "JudgeTrainable", reasoning=reasoning)
@@ -247,6 +248,7 @@ def test_a_judge_learns_its_records_and_opens_as_any_judge(folder: Path, tmp_pat
     assert min(score.parts["mass"] for score in found) > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["regression", "logit"])
 def test_a_critic_learns_its_records_and_opens_as_a_scorer(folder: Path, tmp_path: Path, kind: str) -> None:
     result = run(recipe(folder, tmp_path, "CriticTrainable", kind=kind), say=lambda line: None)
@@ -292,6 +294,7 @@ def test_training_resumes_to_the_same_weights(folder: Path, tmp_path: Path) -> N
 # -- measuring
 
 
+@pytest.mark.slow
 def test_the_oracle_agrees_with_itself_and_falls_for_nothing(tmp_path: Path) -> None:
     base = world_records("test", count=4, seed=2, tasks=["edit"])[:]
     some = [graded(r, r.load(p), f"{r.id}-{k}", "x") for r in base for k, p in enumerate((r.target, r.source))]
@@ -346,6 +349,7 @@ def test_the_gap_is_a_curve_with_an_alarm(monkeypatch, tmp_path: Path) -> None:
     assert set(MAKERS) >= {"target", "copy"}
 
 
+@pytest.mark.slow
 def test_the_command_keeps_its_samples(tmp_path: Path, capsys, monkeypatch) -> None:
     import weft.evals.samples as module
     from weft.cli.main import main
@@ -365,6 +369,7 @@ def test_the_command_keeps_its_samples(tmp_path: Path, capsys, monkeypatch) -> N
 # -- the one that ships
 
 
+@pytest.mark.slow
 @shipped
 def test_the_shipped_judge_agrees_with_the_truth_and_is_not_talked_round() -> None:
     some = records("test", count=48, seed=21)[:]

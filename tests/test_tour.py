@@ -14,6 +14,7 @@ from weft.media import read_metadata
 from weft.world.oracle import judge, scenes
 
 
+@pytest.mark.slow
 def test_the_tour_runs_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tiny import tiny_kontext_folder
 
@@ -56,6 +57,7 @@ def test_the_tour_runs_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [line for line in lines if line.startswith("[4/4]")]
 
 
+@pytest.mark.slow
 def test_movements_join_the_tour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the model that ships: files that open, a page that plays them, and verdicts on what is shown."""
     from weft import tour_motion
@@ -78,6 +80,7 @@ def test_movements_join_the_tour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert page.html().count("data:image/gif;base64") == sum(len(m.files) for m in found.moved)
 
 
+@pytest.mark.slow
 def test_chains_are_exact(tmp_path: Path) -> None:
     for kinds in tour.CHAINS:
         for seed in range(3):

@@ -71,6 +71,7 @@ run(json.loads(sys.argv[1]), say=say)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_twelve_steps_equal_six_kill_resume(tmp_path, optimizer):
     """Also with dropout inside the module, a buffer that training changes, EMA, cache and accumulation."""
@@ -187,6 +188,7 @@ def test_sigterm_saves_and_exits_143(tmp_path):
     assert_same(state(tmp_path / "a"), state(tmp_path / "b"))
 
 
+@pytest.mark.slow
 def test_the_command_line_exits_143_and_2(tmp_path):
     import yaml
 
@@ -328,6 +330,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     assert run(recipe(tmp_path, run={"steps": 12, "allow_changes": True}), say=quiet).step == 12
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_steps_of_one(tmp_path):
     """torchrun with gloo: the same global batch, gradients summed; also a bad sample stops both, by its name."""
     import yaml

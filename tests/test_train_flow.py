@@ -228,7 +228,7 @@ def test_wrong_options_are_named(folder, tmp_path):
         Trainer(read_recipe(recipe(folder, tmp_path, method={"options": {"timesteps": "mode"}})), {}, quiet)
     with pytest.raises(WeftError, match='no module "transformr"; did you mean "transformer"'):
         Trainer(read_recipe(recipe(folder, tmp_path, model={"train": ["transformr"]})), {}, quiet)
-    with pytest.raises(WeftError, match='no argument "cout"; did you mean "count"'):
+    with pytest.raises(WeftError, match="no argument 'cout': did you mean 'count'"):
         Trainer(read_recipe(recipe(folder, tmp_path, data=[{"source": {**MIXED, "args": {"cout": 3}}}])), {}, quiet)
     with pytest.raises(WeftError, match="at least one source"):
         read_recipe(recipe(folder, tmp_path, data=[]))

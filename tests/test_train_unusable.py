@@ -83,6 +83,7 @@ def test_the_other_samples_make_the_step(tmp_path, picture):
     assert all(torch.equal(before[k], p) for k, p in trainer.parameters.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [None, {"shard": 8}, {"ahead": True, "batch": 4, "shard": 8}])
 def test_a_continued_run_is_the_uninterrupted_one(tmp_path, picture, cache):
     settings = {"cache": cache, "run": {"accumulate": 2}}
@@ -217,6 +218,7 @@ class Failing(Plain):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_decide_alike(tmp_path, picture):
     """One of two sees a bad picture, another error, or the limit: both leave out the same, or save and end."""
     plain = {"trainable": f"{ROOT}/tests/toy.py:Plain"}

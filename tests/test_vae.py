@@ -129,6 +129,7 @@ def test_crops_mix_sizes_and_stay_inside(folder: Path) -> None:
         AutoencoderTrainable(folder, crop=64).examples([record(2)])
 
 
+@pytest.mark.slow
 def test_learns_and_saves_a_measured_scale(folder: Path, tmp_path: Path) -> None:
     """Some steps lower the loss; the saved factors give latents of mean 0, deviation 1, in plain diffusers."""
     from diffusers import AutoencoderKL

@@ -46,6 +46,7 @@ def test_the_world_is_as_rich_as_promised() -> None:
     assert [len(seen[k]) for k in ("shape", "colour", "pattern", "size", "background")] == [8, 10, 6, 3, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_record_is_a_function_of_its_index(task: str) -> None:
     world = records("val", count=30, seed=3, tasks=[task])
@@ -58,6 +59,7 @@ def test_record_is_a_function_of_its_index(task: str) -> None:
     assert [r.id for r in world[5:8]] == [world[i].id for i in (5, 6, 7)]
 
 
+@pytest.mark.slow
 def test_splits_never_share_a_scene() -> None:
     start: dict[str, set[str]] = {}
     for split in ("train", "val", "test"):
@@ -78,6 +80,7 @@ def test_what_is_held_out_stays_out_of_training() -> None:
     assert {r.meta["kind"] for r in records("test", count=20, tasks=["edit"], kinds=[HELD_OUT_KIND])} == {HELD_OUT_KIND}
 
 
+@pytest.mark.slow
 def test_unseen_phrasings_use_known_words() -> None:
     def words(world: object) -> Counter[str]:
         return Counter(w for r in world for w in re.findall(r"[a-z-]+", r.instruction.lower()))  # type: ignore[attr-defined]
@@ -106,6 +109,7 @@ def test_an_edit_changes_only_its_mask_and_undoing_nothing_copies() -> None:
         assert apply(Scene.from_json(world["source"]), world["plan"]).to_json() == world["target"]
 
 
+@pytest.mark.slow
 def test_references_show_what_they_stand_for() -> None:
     for record in records("val", count=60, seed=6, tasks=["multi_edit", "multi_generate"]):
         world = record.meta["world"]
@@ -151,6 +155,7 @@ def test_pictures_scale_and_keep_their_aspect() -> None:
     assert np.abs(small - shrunk).mean() < 6
 
 
+@pytest.mark.slow
 def test_photographs_are_a_background() -> None:
     pytest.importorskip("skimage")
     kinds = Counter()
@@ -160,6 +165,7 @@ def test_photographs_are_a_background() -> None:
     assert kinds["photo"] == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [pytest.param(t, marks=pytest.mark.long) if "multi" in t else t for t in TASKS])
 def test_oracle_accepts_targets_and_rejects_what_is_wrong(task: str) -> None:
     accepted, fooled = [], defaultdict(list)

@@ -57,6 +57,7 @@ def through_vae(model, pictures):
     return model.flow.decode(latents, [(64, 64)] * len(pictures))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [20, pytest.param(60, marks=pytest.mark.long)])
 def test_oracle_and_autoencoder_agree(model, count) -> None:
     accepted, fooled = [], []
