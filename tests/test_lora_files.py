@@ -14,7 +14,7 @@ from weft import rng
 from weft.errors import WeftError
 from weft.models.export import merge_adapters
 from weft.models.load import load
-from weft.models.lora import load_lora
+from weft.models.lora import load_lora, split_weight
 
 LAYER, RANK = "transformer_blocks.0.attn.to_out.0", 4
 KOHYA = "lora_unet_double_blocks_0_img_attn_proj"  # the same layer by Black Forest Labs' name
@@ -101,3 +101,9 @@ def test_what_a_file_holds_besides_is_said(folder, halves, tmp_path, caplog):
         load(folder, device="cpu", lora=[str(tmp_path / "two.safetensors")])
     with pytest.raises(WeftError, match="exactly one"):
         load(folder, device="cpu", lora=[str(Path(tmp_path))])
+
+
+@pytest.mark.parametrize("item", ["some/lora:nan", "some/lora:strong", ("some/lora", float("inf"))])
+def test_a_weight_is_a_finite_number(item):
+    with pytest.raises(WeftError, match="is not a weight; write path or path:0.8"):
+        split_weight(item)

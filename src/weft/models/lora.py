@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -217,16 +218,20 @@ def add_adapters(model: Any, adapters: str | Path | Mapping[str, str] | None, fo
 
 
 def split_weight(item: str | tuple[str, float]) -> tuple[Path, float]:
-    """Path and weight of "path", "path:0.8" or a pair."""
+    """Path and weight of "path", "path:0.8" or a pair. Raises WeftError for a weight that is no finite number."""
     if isinstance(item, tuple):
-        return Path(item[0]), float(item[1])
-    head, _, tail = str(item).rpartition(":")
-    if not head or Path(item).exists():
-        return Path(item), 1.0
+        head, tail = map(str, item)
+    else:
+        head, _, tail = str(item).rpartition(":")
+        if not head or Path(item).exists():
+            return Path(item), 1.0
     try:
-        return Path(head), float(tail)
-    except ValueError as error:
-        raise WeftError(f"LoRA {item!r}: {tail!r} is not a weight; write path or path:0.8") from error
+        weight = float(tail)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise WeftError(f"LoRA {item!r}: {tail!r} is not a weight; write path or path:0.8")
+    return Path(head), weight
 
 
 def add_loras(model: Any, lora: Sequence[str | tuple[str, float]]) -> None:
