@@ -300,6 +300,13 @@ def test_tables_units_and_axes(clip: Motion) -> None:
         to_motion(rig)
 
 
+@pytest.mark.parametrize("features", [np.zeros((4, 7)), np.full((5, 263), np.nan), np.zeros((5, 263), np.int64)])
+def test_features_beside_joints_must_be_theirs(tmp_path: Path, features: np.ndarray) -> None:
+    np.savez(tmp_path / "clip.npz", joints=np.zeros((5, 22, 3)), features=features)
+    with pytest.raises(WeftError, match=r"clip.npz: features \[\d, \d+\] must be finite floats \[5, 263\]"):
+        read_motion(tmp_path / "clip.npz")
+
+
 def test_arrays(clip: Motion, tmp_path: Path) -> None:
     path = tmp_path / "a.npy"
     features = clip.features(heading="correct")

@@ -90,7 +90,11 @@ def read_npz(path: str | Path, *, bodies: dict[str, Body] | Body | None = None) 
             )
             facts = {"weft": json.loads(str(data["weft"]))} if "weft" in keys else {}
             motion = Motion(data["joints"][:, : len(layout.joints)], fps, layout, {"file": Path(path).name} | facts)
-            motion.stored = data["features"] if "features" in keys else None
+            if "features" in keys:
+                own, shape = data["features"], (len(motion), layout.width)
+                if own.shape != shape or own.dtype.kind != "f" or not np.isfinite(own).all():
+                    raise WeftError(f"features {list(own.shape)} must be finite floats {list(shape)}: take them out")
+                motion.stored = own
             return motion
         if not {"poses", "trans"} <= keys:
             raise WeftError(f"holds {', '.join(sorted(keys)) or 'nothing'}: expected joints, or poses and trans")
