@@ -246,7 +246,7 @@ def measure(model: Model, found: Findings, folder: Path, seed: int, say: Say) ->
         seed=seed, baseline_count=min(8, count), out=folder / WORK / "world", shown=4,
     )  # fmt: skip
     for name in ("generate", EDIT_MEAN):
-        say(f"{name}: {describe(found.world.groups[name].success)}")
+        say(f"{name}: {describe(found.world.groups[name].rate)}")
 
 
 def teach(model: Model, found: Findings, folder: Path, seed: int, say: Say) -> None:
@@ -265,7 +265,7 @@ def teach(model: Model, found: Findings, folder: Path, seed: int, say: Say) -> N
     count = found.pace.held_out()
     found.before = success(model.flow, (TONE,), count, "tone-before")
     group = next(iter(found.before.groups))
-    say(f"before: {describe(found.before.groups[group].success)} on {count} test records")
+    say(f"before: {describe(found.before.groups[group].rate)} on {count} test records")
     path = find_recipe("tiny/tour_tone")
     batch = read_recipe(path).run.batch_size
     steps, examples = found.pace.train_steps(batch), found.pace.examples()
@@ -290,10 +290,10 @@ def teach(model: Model, found: Findings, folder: Path, seed: int, say: Say) -> N
     taught = weft.load(result.export)
     assert found.world is not None
     found.after = success(taught.flow, (TONE,), count, "tone-after")
-    say(f"after: {describe(found.after.groups[group].success)}")
-    found.train["known_before"] = found.world.groups[KNOWN].success
+    say(f"after: {describe(found.after.groups[group].rate)}")
+    found.train["known_before"] = found.world.groups[KNOWN].rate
     again = success(taught.flow, (KNOWN,), found.pace.measured(), "known-after")
-    found.train["known_after"] = again.groups[KNOWN].success
+    found.train["known_after"] = again.groups[KNOWN].rate
 
 
 STAGES: dict[str, Callable[[Model, Findings, Path, int, Say], None]] = {

@@ -63,11 +63,11 @@ def _headline(page: Page, found: Findings) -> None:
         (EDIT_MEAN, "of edits, mean of kinds"),
     ):
         group = found.world.groups[name]
-        numbers.append(Number(percent(group.success.value), label, _interval(group.success) + _chance(group)))
+        numbers.append(Number(percent(group.rate.value), label, _interval(group.rate) + _chance(group)))
     (before,), (after,) = found.before.groups.values(), found.after.groups.values()
-    change = f"{percent(before.success.value, 0)} → {percent(after.success.value, 0)}"
+    change = f"{percent(before.rate.value, 0)} → {percent(after.rate.value, 0)}"
     label = f"on an edit kind it had never seen, after {seconds(found.train['seconds'])} of training"
-    numbers.append(Number(change, label, _interval(after.success)))
+    numbers.append(Number(change, label, _interval(after.rate)))
     page.section("In short").numbers(numbers)
 
 
@@ -132,7 +132,7 @@ def _measured(page: Page, found: Findings) -> None:
     groups = {title(name): group for name, group in found.world.groups.items()}
     section = page.section("3. Measure").code("weft eval world")
     section.text(
-        "Full success by kind of request, with 95 % bootstrap intervals. Beside it, on the same requests: copying the "
+        "Full success by kind of request, with 95 % intervals. Beside it, on the same requests: copying the "
         "source, and chance (another request's exact answer)."
     )
     baselines = {"copy the source": "copy", "chance": "chance"}
@@ -142,8 +142,8 @@ def _measured(page: Page, found: Findings) -> None:
     }
     section.figure(
         plots.bars(
-            {name: group.success.value for name, group in groups.items()},
-            intervals={name: (group.success.low, group.success.high) for name, group in groups.items()},
+            {name: group.rate.value for name, group in groups.items()},
+            intervals={name: (group.rate.low, group.rate.high) for name, group in groups.items()},
             marks={label: values for label, values in marks.items() if values},
             label="full success",
             percent=True,
@@ -169,10 +169,10 @@ def _taught(page: Page, found: Findings) -> None:
     )
     known = (train["known_before"], train["known_after"])
     rows = [
-        ["the new kind: tone", _rate(before.success), _rate(after.success), _points(gain)],
+        ["the new kind: tone", _rate(before.rate), _rate(after.rate), _points(gain)],
         ["a known kind: recolour", _rate(known[0]), _rate(known[1]), f"{100 * (known[1].value - known[0].value):+.1f}"],
     ]
-    note = "Success with 95 % bootstrap interval; the gain's interval is paired, over the same records."
+    note = "Success with Wilson's 95 % interval; the gain's is a bootstrap, paired, over the same records."
     section.table(Table(["edits", "before %", "after %", "points"], rows, note=note))
     cards = []
     for key, row in list(found.after.rows.items())[:6]:

@@ -56,6 +56,11 @@ class GroupScore:
     baselines: dict[str, float | None] = field(default_factory=dict)
     baseline_count: int = 0
 
+    @property
+    def rate(self) -> Interval:
+        """Success of few records, with Wilson's interval: the bootstrap's has no width where all came out alike."""
+        return self.wilson or self.success
+
 
 @dataclass(slots=True)
 class WorldReport(Report[GroupScore]):
