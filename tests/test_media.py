@@ -91,6 +91,37 @@ def test_the_size_of_a_header_is_that_of_the_picture(tmp_path: Path) -> None:
         image_size(tmp_path / "b.png")
 
 
+def test_the_size_of_a_png_is_read_without_its_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless EXIF stands behind them, which Pillow finds only by decoding them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4)).save(tmp_path / "before.png", exif=exif)
+    chunk = png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+    data = encoded(Image.new("RGB", (6, 4)), "PNG")
+    (tmp_path / "behind.png").write_bytes(data[:-12] + chunk + data[-12:])
+    for name in ("before.png", "behind.png"):
+        assert image_size(tmp_path / name) == load_image(tmp_path / name).size == (4, 6)
+    assert LazyPicture("x", (tmp_path / "behind.png").read_bytes).size == (4, 6)
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda image: pytest.fail("decoded"))
+    assert image_size(tmp_path / "before.png") == (4, 6)
+    Image.new("RGB", (6, 4)).save(tmp_path / "none.png")
+    assert image_size(tmp_path / "none.png") == (6, 4)
+    assert LazyPicture("x", (tmp_path / "none.png").read_bytes).size == (6, 4)
+
+
+def test_a_picture_in_memory_stands_upright_too(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo().save(tmp_path / "a.png", exif=exif)
+    upright = array(load_image(tmp_path / "a.png"))
+    with Image.open(tmp_path / "a.png") as opened:
+        part = make_record("x", opened).source
+        assert part is not None
+        np.testing.assert_array_equal(array(part.load()), upright)
+        np.testing.assert_array_equal(array(load_image(save_image(opened, tmp_path / "b.png"))), upright)
+        assert opened.size == (40, 24)  # as it was
+
+
 def test_a_telephones_jpeg_with_a_second_picture_is_a_jpeg() -> None:
     data = encoded(Image.new("RGB", (6, 4), "red"), "MPO", save_all=True, append_images=[Image.new("RGB", (3, 2))])
     assert picture_suffix(data, "x") == ".jpg" and decode_image(data, "x").size == (6, 4)
@@ -110,6 +141,10 @@ def test_alpha_lies_on_white(mode: str) -> None:
     np.testing.assert_array_equal(row[1], colour)
     expected = np.array(colour) * (128 / 255) + 255 * (127 / 255)
     assert np.abs(row[2] - expected).max() <= 1
+
+
+def test_premultiplied_grey_lies_on_white() -> None:
+    assert array(to_rgb(Image.new("La", (1, 1), (100, 128))))[0, 0, 0] == pytest.approx(100 + 127, abs=1)
 
 
 def test_transparent_colour_of_a_palette_grey_and_rgb() -> None:
@@ -140,6 +175,21 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     np.testing.assert_array_equal(array(decode_image(rgb, "rgb"))[0, :, 2], expected)
     alpha = raw_png(2, 1, 16, 4, b"\0" + b"\x80\x00\xff\xff" + b"\x80\x00\x00\x00")
     np.testing.assert_array_equal(array(decode_image(alpha, "la"))[0, :, 0], [128, 255])
+
+
+def test_the_transparent_colour_of_other_depths() -> None:
+    """Pillow gives pixels of 2, 4 and 16 bits as 8, and leaves the colour of the tRNS chunk as it is."""
+
+    def with_key(data: bytes, *key: int) -> bytes:
+        return data[:33] + png_chunk(b"tRNS", struct.pack(f">{len(key)}H", *key)) + data[33:]
+
+    two = with_key(raw_png(4, 1, 2, 0, b"\0\x1b"), 1)
+    np.testing.assert_array_equal(array(decode_image(two, "2"))[0, :, 0], [0, 255, 170, 255])
+    four = with_key(raw_png(4, 1, 4, 0, b"\0\x01\x2f"), 2)
+    np.testing.assert_array_equal(array(decode_image(four, "4"))[0, :, 0], [0, 17, 255, 255])
+    big = np.array([[258, 515, 772], [0, 0, 0]], ">u2").tobytes()
+    found = array(decode_image(with_key(raw_png(2, 1, 16, 2, b"\0" + big), 258, 515, 772), "16"))[0]
+    np.testing.assert_array_equal(found, [(255, 255, 255), (0, 0, 0)])
 
 
 def test_pixels_without_a_white_are_refused() -> None:

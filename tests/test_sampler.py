@@ -91,3 +91,14 @@ def test_a_bucketed_stage_names_its_bucket():
     assert mix.batch(1).bucket is None
     batch = mix.batch(7)
     assert batch.stage == 1 and {r % 2 for _, r in batch.rows} == {batch.bucket}
+
+
+def test_a_stage_with_other_buckets_does_not_remember_those_of_the_stage_before():
+    """A resumed run has not seen the earlier stage: it must make the same batches."""
+    first, second = (np.random.default_rng(seed).integers(0, 3, 40) for seed in (0, 1))
+
+    def mix():
+        return Sampler([40], [1], ["all"], [Span(0, 4, {0: first}), Span(5, 4, {0: second})], 0)
+
+    through = mix()
+    assert [through.batch(step) for step in range(14)] == [mix().batch(step) for step in range(14)]

@@ -50,6 +50,11 @@ class LazyPicture:
         return decode_image(self.read(), self.name)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) as `image_size` reads it."""
+        return _size(io.BytesIO(self.read()), self.name)
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the encoded bytes, hexadecimal."""
         if self._digest is None:
@@ -73,11 +78,30 @@ def image_size(path: str | Path) -> tuple[int, int]:
     """(width, height) of the picture that `load_image` gives, from the file's header alone. Raises as `load_image`,
     but does not see what is wrong with the pixels."""
 
-    def upright(image: Image.Image) -> tuple[int, int]:
-        width, height = image.size
-        return (height, width) if image.getexif().get(_ORIENTATION) in (5, 6, 7, 8) else (width, height)
+    return _of_file(path, _size)
 
-    return _of_file(path, lambda handle, name: _opened(handle, name, MAX_PIXELS, upright))
+
+def _size(handle: BinaryIO, name: str) -> tuple[int, int]:
+    def upright(image: Image.Image) -> tuple[int, int]:
+        # Pillow's own `getexif` of a PNG decodes the picture to see whether an EXIF chunk follows the pixels
+        skip = image.format == "PNG" and not _late_exif(handle)
+        exif = Image.Image.getexif(image) if skip else image.getexif()
+        return image.size[::-1] if exif.get(_ORIENTATION) in (5, 6, 7, 8) else image.size
+
+    return _opened(handle, name, MAX_PIXELS, upright)
+
+
+def _late_exif(handle: BinaryIO) -> bool:
+    """Whether a PNG has an EXIF chunk, or ImageMagick's text in place of one, behind its pixels."""
+    before, names = handle.tell(), list[bytes]()
+    handle.seek(8)
+    while len(head := handle.read(8)) == 8:
+        length, name = struct.unpack(">I4s", head)
+        names.append(name)
+        handle.seek(length + 4, io.SEEK_CUR)
+    handle.seek(before)
+    behind = names[names.index(b"IDAT") :] if b"IDAT" in names else []
+    return not {b"eXIf", b"zTXt", b"tEXt", b"iTXt"}.isdisjoint(behind)
 
 
 def _of_file(path: str | Path, read: Callable[[BinaryIO, str], T]) -> T:
@@ -103,7 +127,8 @@ def _decode(handle: BinaryIO, name: str, max_pixels: int) -> Image.Image:
         image.load()
         if image.format == "PNG":
             _refuse_missing_rows(image, handle)
-        return to_rgb(ImageOps.exif_transpose(image))
+            _scale_transparency(image, handle)
+        return to_rgb(image)
 
     return _opened(handle, name, max_pixels, whole)
 
@@ -147,6 +172,16 @@ def _refuse_missing_rows(image: Image.Image, handle: BinaryIO) -> None:
     found = _inflated_size(handle, expected)
     if found < expected:
         raise EOFError(f"{found} of {expected} bytes of pixels")
+
+
+def _scale_transparency(image: Image.Image, handle: BinaryIO) -> None:
+    """Bring the transparent colour of a PNG to the 8 bits that Pillow gives its pixels, but not this colour."""
+    bits, colour, _ = _png_header(handle)
+    key = image.info.get("transparency")
+    if colour == 0 and bits in (2, 4) and key is not None:
+        image.info["transparency"] = key * 255 // (2**bits - 1)
+    elif colour == 2 and bits == 16 and key is not None:
+        image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -200,21 +235,21 @@ def _not_a_picture(head: bytes) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow picture as 8-bit RGB without metadata: alpha on white, 16 bits to the upper 8, profile to sRGB."""
+    """Any Pillow picture as upright 8-bit RGB without metadata: EXIF orientation applied, alpha on white, 16 bits to
+    the upper 8, profile to sRGB."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         rgb = _from_integers(image)
     elif image.mode == "F":
         raise WeftError("floating-point pixels have no defined white: convert the picture to 8 or 16 bits")
     elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = _to_srgb(image.convert("RGBA"), image)
+        rgba = _to_srgb((image.convert("LA") if image.mode == "La" else image).convert("RGBA"), image)
         rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     elif image.mode == "CMYK":
         managed = _to_srgb(image, image)
         rgb = managed if managed.mode == "RGB" else image.convert("RGB")
     else:
         rgb = _to_srgb(image.convert("RGB"), image)
-    if rgb is image:
-        rgb = image.copy()
     rgb.info = {}
     return rgb
 

@@ -97,7 +97,7 @@ class Stream:
         counts = -(-sizes // batch)
         per_epoch = int(counts.sum())
         epoch, place = divmod(number, per_epoch)
-        key = (f"batches/{batch}/{len(sizes)}", epoch)
+        key = (f"batches/{counts.tolist()}", epoch)  # of another stage are others, which must not be remembered here
         if key not in self._epochs:
             batches = np.repeat(np.arange(len(sizes)), counts)
             first = np.concatenate([np.arange(c) for c in counts])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from weft.errors import WeftError
-from weft.media import atomic_write, image_size
+from weft.media import LazyPicture, atomic_write, image_size
 from weft.record import Record
 from weft.train.config import StageRecipe
 
@@ -58,10 +58,12 @@ def picture_size(record: Record) -> Size:
     part = record.target or record.source
     if part is None:
         raise WeftError(f"record {record.id!r} has no picture to take an aspect ratio from")
-    if part.path is None:
-        image = part.load(record.root)
-        return image.height, image.width
-    width, height = image_size(part.file(record.root))  # of the header: pictures are read when they are needed
+    if isinstance(part.value, LazyPicture):
+        width, height = part.value.size
+    elif part.path is None:
+        width, height = part.load(record.root).size
+    else:
+        width, height = image_size(part.file(record.root))  # of the header: pictures are read when they are needed
     return height, width
 
 
