@@ -82,6 +82,27 @@ def test_shards_without_index_do_not_exist(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_two_runs_write_one_folder(tmp_path):
+    """The same records, encoded on two machines to different last bits: neither replaces what the other reads."""
+    one, two = ExampleCache(tmp_path), ExampleCache(tmp_path)
+    for k in range(3):
+        one.add(str(k), example(k))
+        two.add(str(k), {name: t + 1e-6 for name, t in example(k).items()})
+    one.flush()
+    two.flush()
+    assert same(one.get(["1"])[0], example(1))
+    assert len(ExampleCache(tmp_path).get(["0", "1", "2"])) == 3
+
+
+@pytest.mark.parametrize("index", [b"\xff\xfe", b"[]", b'{"keys": 3, "sha256": ""}', b""])
+def test_a_damaged_index_is_named(tmp_path, index):
+    filled(tmp_path).flush()
+    path = next(tmp_path.glob("*.json"))
+    path.write_bytes(index)
+    with pytest.raises(WeftError, match=f"cache index {path} is damaged: delete it"):
+        ExampleCache(tmp_path)
+
+
 def test_keys_depend_on_every_part():
     keys = {example_key("e", "c", "s"), example_key("f", "c", "s"), example_key("e", "d", "s"), example_key("e", "c")}
     assert len(keys) == 4

@@ -35,7 +35,7 @@ def test_round_trip_and_keep(tmp_path):
     )
 
 
-@pytest.mark.parametrize("damage", ["flip", "missing", "manifest", "no manifest"])
+@pytest.mark.parametrize("damage", ["flip", "missing", "manifest", "bytes", "no manifest"])
 def test_a_damaged_checkpoint_is_skipped_by_name(tmp_path, damage):
     for step in (1, 2):
         path = write_checkpoint(tmp_path, step, tensors(step), {}, keep=5)
@@ -48,6 +48,8 @@ def test_a_damaged_checkpoint_is_skipped_by_name(tmp_path, damage):
         victim.unlink()
     elif damage == "manifest":
         (path / "manifest.json").write_text("{")
+    elif damage == "bytes":
+        (path / "manifest.json").write_bytes(b"{\xff}")
     else:
         (path / "manifest.json").unlink()
     heard: list[str] = []
@@ -156,3 +158,21 @@ def test_a_cache_may_change_unless_it_rounds():
     assert differences({"cache": None}, {"cache": kept}) == differences({"cache": rounded}, {"cache": rounded}) == []
     assert differences({"cache": kept}, {"cache": rounded}) == ["cache.text_dtype: fp32 -> bf16"]
     assert differences({"cache": rounded}, {"cache": None}) == ["cache.text_dtype: bf16 -> fp32"]
+
+
+def test_what_a_continued_run_may_change():
+    def recipe(args, **options):
+        source = {"call": "x:y", "args": args, "limit": None}
+        return {"method": {"name": "sft", "options": options}, "data": [{"source": source, "weight": 1.0}]}
+
+    old = recipe({"count": 4, "kinds": {"add": 1}}, text_dropout=0.1)
+    assert differences(old, recipe({"count": 4, "kinds": {"add": 1}}, text_dropout=0.1)) == []
+    newer = recipe({"count": 4, "kinds": {"add": 1}}, text_dropout=0.1)
+    newer["data"][0]["fresh"] = newer["method"]["fresh"] = False  # options that the older weft did not have, and off
+    assert differences(old, newer) == []
+    # an option that is left out has its default, and 0 is no default
+    assert differences(old, recipe({"count": 4, "kinds": {"add": 1}})) == ["method.options.text_dropout: 0.1 -> None"]
+    assert differences(recipe({}), recipe({}, text_dropout=0.0)) == ["method.options.text_dropout: None -> 0.0"]
+    assert differences(old, recipe({"count": 4}, text_dropout=0.1)) == ["data.0.source.args.kinds: {'add': 1} -> None"]
+    fewer = recipe({"count": 4, "kinds": {"add": 1, "move": 0}}, text_dropout=0.1)
+    assert differences(old, fewer) == ["data.0.source.args.kinds.move: None -> 0"]

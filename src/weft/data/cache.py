@@ -2,7 +2,8 @@
 
 Examples whose tensors agree in names, types and shapes are stacked in one shard, so a shard of a thousand has a
 header of a few tensors and is mapped into memory, not read. Beside `<id>.safetensors` lies `<id>.json` with its
-digest and the key of each row; a shard without this index does not exist for readers, hence writing is atomic.
+digest and the key of each row; a shard without this index does not exist for readers, hence writing is atomic. The id
+is a digest of both, so several runs can write into one folder: none replaces what another reads.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weft.errors import WeftError
+from weft.media import atomic_write
 from weft.types import Example
 
 if TYPE_CHECKING:
@@ -51,8 +54,8 @@ class ExampleCache:
                 continue
             try:
                 data = json.loads(index.read_text(encoding="utf-8"))
-                keys, digest = data["keys"], data["sha256"]
-            except (json.JSONDecodeError, KeyError, TypeError):
+                keys, digest = list(data["keys"]), data["sha256"]
+            except (ValueError, KeyError, TypeError):
                 raise WeftError(f"cache index {index} is damaged: delete it, its examples are encoded again") from None
             self._digest[index.stem] = digest
             for row, key in enumerate(keys):
@@ -129,24 +132,20 @@ class ExampleCache:
 
         group = self._pending[signature]
         keys = list(group)
-        shard = hashlib.sha256("\n".join([signature, *keys]).encode()).hexdigest()[:24]
-        path, index = self.folder / f"{shard}.safetensors", self.folder / f"{shard}.json"
-        temporary = self.folder / f".{shard}.{os.getpid()}"
+        temporary = self.folder / f".writing-{secrets.token_hex(8)}"
         try:
             names = sorted(group[keys[0]])
             save_file({n: torch.stack([group[k][n] for k in keys]) for n in names}, temporary)
             with temporary.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
-            with temporary.open("w", encoding="utf-8") as text:
-                json.dump({"sha256": digest, "keys": keys}, text)
-                text.flush()
-                os.fsync(text.fileno())
-            os.replace(temporary, index)
+            shard = hashlib.sha256("\n".join([digest, *keys]).encode()).hexdigest()[:24]
+            os.replace(temporary, self.folder / f"{shard}.safetensors")
+            with atomic_write(self.folder / f"{shard}.json") as index:
+                index.write(json.dumps({"sha256": digest, "keys": keys}).encode())
         except Exception as error:
             temporary.unlink(missing_ok=True)
-            raise WeftError(f"could not write cache shard {path}: {error}") from error
+            raise WeftError(f"could not write a shard of the cache {self.folder}: {error}") from error
         del self._pending[signature]
         self._digest[shard] = digest
         for row, key in enumerate(keys):

@@ -30,6 +30,7 @@ FREE = {
     "rollout.workers", "rollout.patience", "reward.alarm",
 }  # fmt: skip
 FREE_SECTIONS = ("validate", "grid", "cache", "plan")
+OWN = ("trainable_args", "options", "args", "map")  # mappings whose keys are not the recipe's but the user's
 
 
 @dataclass(slots=True)
@@ -114,7 +115,7 @@ def fault(path: Path) -> str | None:
                 return f"{path}: {name} does not match its SHA-256"
     except FileNotFoundError:
         return f"{path}: no {MANIFEST}, the write was not finished"
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{path}: {MANIFEST} is damaged"
     return None
 
@@ -162,7 +163,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return changes
 
 
-def _changes(dotted: str, a: Any, b: Any) -> list[str]:
+def _changes(dotted: str, a: Any, b: Any, own: bool = False) -> list[str]:
+    """`own`: inside a mapping of the user's, where a key that is missing stands for a default, and 0 for 0."""
+    own = own or dotted.rpartition(".")[2] in OWN
     if isinstance(a, dict) and isinstance(b, dict):
-        return [line for key in b if key in a or b[key] for line in _changes(f"{dotted}.{key}", a.get(key), b[key])]
+        keys = {**a, **b} if own else [key for key in b if key in a or b[key]]
+        return [line for key in keys for line in _changes(f"{dotted}.{key}", a.get(key), b.get(key), own)]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [line for k in range(len(a)) for line in _changes(f"{dotted}.{k}", a[k], b[k], own)]
     return [f"{dotted}: {a} -> {b}"] if dotted not in FREE and a != b else []

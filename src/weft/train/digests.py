@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +75,12 @@ def code_digest(dotted: str) -> str:
     for path in sorted(Path(file).parent.glob("*.py")) if file else []:
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts in nested lists and mappings, as arguments of a callable: some may name files."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(item)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,10 +22,11 @@ from torch import nn
 from weft.data.cache import ExampleCache, example_key
 from weft.data.sampler import Sampler, Span
 from weft.errors import WeftError
+from weft.media import atomic_write
 from weft.record import Record
 from weft.settings import check_arguments, load_object
 from weft.train.config import Recipe, SourceRecipe, StageRecipe
-from weft.train.digests import code_digest, content_digest, fingerprint
+from weft.train.digests import code_digest, content_digest, fingerprint, texts_in
 from weft.train.fed import Fed, Row
 from weft.train.parallel import Processes
 from weft.train.sizes import Size, SizeTable, nearest_size, sized, stage_sizes
@@ -365,9 +367,8 @@ class Feed:
                     self.cache.flush()
                     if memory is not None and not any((s, n) in self._bad for n in numbers):
                         entries = [self._keys[s, n, size] for n in numbers]
-                        temporary = memory.with_suffix(".tmp")
-                        temporary.write_text(json.dumps(entries), encoding="utf-8")
-                        temporary.replace(memory)
+                        with atomic_write(memory) as handle:
+                            handle.write(json.dumps(entries).encode())
         return True
 
     def _memory(self, config: SourceRecipe, size: Size | None) -> Path | None:
@@ -375,7 +376,7 @@ class Feed:
         of a callable that reads a file."""
         if config.call is None or self.cache is None:
             return None
-        if any(isinstance(value, str) and Path(value).exists() for value in config.args.values()):
+        if any(os.path.exists(text) for text in texts_in(config.args)):  # False for one that is too long to be a path
             return None
         facts = [config.call, config.args, config.limit, code_digest(config.call), size, self.print]
         return self.cache.folder / f"keys-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}.json"
@@ -384,7 +385,7 @@ class Feed:
         assert self.cache is not None
         try:
             entries = json.loads(memory.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (OSError, ValueError):
             return False
         if len(entries) != len(numbers) or any(key not in self.cache for key, _ in entries):
             return False
