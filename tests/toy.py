@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,6 +77,15 @@ class Plain(Toy):
     def __init__(self, width: int = 8) -> None:
         super().__init__(width, dropout=0.0)
         self.net.counts = False
+
+
+class Interrupted(Plain):
+    """Gets a SIGTERM while it is validated, which the first of several processes does alone."""
+
+    def loss(self, examples: Sequence[Example], draw: Draw) -> Loss:
+        if not torch.is_grad_enabled():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().loss(examples, draw)
 
 
 def numbers(

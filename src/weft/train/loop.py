@@ -30,7 +30,7 @@ from weft.train.parallel import Processes
 from weft.train.preempt import Preempted, watched
 from weft.train.setup import Buffers, choose_modules, make_trainable, pick_device, trained_parameters
 from weft.train.track import Tracker, open_trackers
-from weft.types import Draw, Example, Trainable
+from weft.types import Draw, Example, FlowModel, Trainable
 
 Evaluator = Callable[[Trainable, int], dict[str, float]]
 
@@ -88,6 +88,8 @@ class Trainer:
         self.model = make_trainable(recipe, self.device)
         self.trained = choose_modules(recipe, self.model)
         self.parameters = trained_parameters(self.trained)
+        if settings.grid_every and not isinstance(self.model, FlowModel):
+            raise WeftError(f"run.grid_every: {type(self.model).__name__} draws no pictures; set it to 0")
         self.buffers = Buffers(self.trained)
         self.optimizers = Optimizers(self.trained, recipe.optim, settings.steps)
         ema = settings.ema
@@ -177,8 +179,7 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One optimiser step. Raises WeftError on a non-finite loss or gradient, the weights still unchanged."""
         fed = self.next_batch()
-        if fed is None:
-            self.stop = self.stop or int(signal.SIGTERM)  # here or in another process
+        if fed is None:  # asked to stop, here or in another process
             return {}
         self.agree(fed)
         if fed.count == 0:  # nothing to learn from: the weights stay, the step is counted
@@ -249,8 +250,7 @@ class Trainer:
             for key, value in result.metrics.items():
                 before, count = sums.get(key, (0.0, 0))
                 sums[key] = (before + float(value) * len(ids), count + len(ids))
-        total, stop = self.processes.sum(total, float(self.stop or 0))
-        self.stop = self.stop or (int(signal.SIGTERM) if stop else None)
+        (total,) = self.processes.sum(total)
         if not math.isfinite(total):
             self.optimizers.zero()
             bad = self.processes.gather(bad)
@@ -292,7 +292,9 @@ class Trainer:
         def due(every: int) -> bool:
             return every > 0 and (self.step % every == 0 or last)
 
-        if self.ahead[1] is not None and any(map(due, (settings.validate_every, settings.grid_every))):
+        if self.ahead[1] is not None and any(
+            map(due, (settings.validate_every, settings.evaluate_every, settings.grid_every))
+        ):
             wait([self.ahead[1]])  # it uses the encoders, and so do these
 
         values: dict[str, Any] = {}
@@ -365,8 +367,7 @@ class Trainer:
         started, since, samples = time.perf_counter(), self.step, 0
         sums, held = dict[str, list[float]](), dict[str, Any]()  # held: the newest of what steps have reported
         while self.step < settings.steps:
-            if self.stop is not None:
-                self.halt()
+            self.halt_if_asked()
             values = self.train_step()
             if not values:
                 continue  # asked to stop before the batch was there
@@ -392,17 +393,18 @@ class Trainer:
             if self.step % settings.checkpoint_every == 0 or last:
                 self.save()
             started += time.perf_counter() - looked  # rates are of training alone
-        if self.stop is not None:
-            self.halt()
+        self.halt_if_asked()
 
     def _ask(self, number: int) -> None:
         self.stop = number
 
-    def halt(self) -> None:
-        """Save and leave, because a signal asked for it."""
+    def halt_if_asked(self) -> None:
+        """Save and leave if a signal asked for it, here or in another process: all of them leave at the same step."""
+        if not self.processes.sum(float(self.stop is not None))[0]:
+            return
+        self.stop = self.stop or int(signal.SIGTERM)
         if self.saved != self.step:
             self.save()
-        assert self.stop is not None
         self.say(f"stopped by signal {self.stop} at step {self.step}, state saved")
         raise Preempted(128 + self.stop)
 
