@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_said_before_the_first_run(small, tmp_path, capsys)
     for change, message in (
         (["runs.3.run.steps=1"], "there are 3 runs, the last is runs.2"),
         (["runs.1.run.export=false"], "edit.yaml: run.export is off, so there is nothing to put at edit_lora"),
-        (["runs.1.run.stepz=1"], 'unknown key "run.stepz"'),
+        (["runs.1.run.stepz=1"], "unknown key 'run.stepz'"),
     ):
         with pytest.raises(WeftError, match=message):
             read_chain(JOINT, change)
@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_said_before_the_first_run(small, tmp_path, capsys)
         ("folder: x\nruns: [{recipe: a.yaml, export: ../b}]", "without folders"),
         ("folder: x\nruns: [{recipe: a.yaml, set: {run.folder: y}}]", "run.folder is x/a; set folder"),
         ("folder: x\nruns: [{recipe: a.yaml}]", "a.yaml does not exist"),
-        ("folder: x\nruns: [{recipes: a.yaml}]", 'unknown key "runs'),
+        ("folder: x\nruns: [{recipes: a.yaml}]", "unknown key 'runs"),
     ):
         (tmp_path / "chain.yaml").write_text(text)
         with pytest.raises(WeftError, match=message):

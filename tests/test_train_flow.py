@@ -224,9 +224,9 @@ def test_picture_grids_are_drawn(folder, tmp_path):
 
 
 def test_wrong_options_are_named(folder, tmp_path):
-    with pytest.raises(WeftError, match='unknown key "method.options.timesteps"; did you mean "timestep"'):
+    with pytest.raises(WeftError, match="unknown key 'method.options.timesteps': did you mean 'timestep'"):
         Trainer(read_recipe(recipe(folder, tmp_path, method={"options": {"timesteps": "mode"}})), {}, quiet)
-    with pytest.raises(WeftError, match='no module "transformr"; did you mean "transformer"'):
+    with pytest.raises(WeftError, match="no module 'transformr': did you mean 'transformer'"):
         Trainer(read_recipe(recipe(folder, tmp_path, model={"train": ["transformr"]})), {}, quiet)
     with pytest.raises(WeftError, match="no argument 'cout': did you mean 'count'"):
         Trainer(read_recipe(recipe(folder, tmp_path, data=[{"source": {**MIXED, "args": {"cout": 3}}}])), {}, quiet)
@@ -254,7 +254,7 @@ def test_overrides_and_yaml_numbers(tmp_path):
         ("data.3.weight=1", "index below 1"),
         ("run.steps=many", "expected int, found 'many'"),
         ("optim.name=sgd", "'sgd' is not one of adamw, muon"),
-        ("model.lora.rnk=3", 'unknown key "model.lora.rnk"; did you mean "rank"'),
+        ("model.lora.rnk=3", "unknown key 'model.lora.rnk': did you mean 'rank'"),
     ]:
         with pytest.raises(WeftError, match=message):
             read_recipe(file, [wrong])

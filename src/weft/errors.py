@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class WeftError(ValueError):
@@ -11,6 +12,15 @@ class WeftError(ValueError):
 
     The command line prints it and exits with status 2; anything else is a bug and keeps its traceback.
     """
+
+
+def nearest(name: object, known: Iterable[str], otherwise: str | None = None) -> str:
+    """The fix for an unknown name: "did you mean 'x'?"; where nothing is like it, `otherwise` or "use one of ..."."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return f"use one of {', '.join(known)}" if otherwise is None else otherwise
 
 
 def exit_status(work: Callable[[], object]) -> int:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import shutil
 from abc import abstractmethod
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from weft.errors import WeftError
+from weft.errors import WeftError, nearest
 from weft.parts import PART_ROLES, TURN_ROLES, TYPES, Part, Turn, relative_path, short
 
 if TYPE_CHECKING:
@@ -123,18 +122,13 @@ def _part(row: Any, turn: str, k: int) -> Part:
 def _known_keys(row: dict[str, Any], known: tuple[str, ...], field: str) -> None:
     for key in row:
         if key not in known:
-            raise WeftError(f"{field}{short(key)}: unknown field{_nearest(key, known)}")
+            raise WeftError(f"{field}{short(key)}: unknown field: {nearest(key, known)}")
 
 
 def _one_of(value: Any, known: tuple[str, ...], field: str) -> str:
     if not isinstance(value, str) or value not in known:
-        raise WeftError(f"{field}: '{short(value)}' is unknown{_nearest(value, known)}")
+        raise WeftError(f"{field}: '{short(value)}' is unknown: {nearest(value, known)}")
     return value
-
-
-def _nearest(value: Any, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(value), known, n=1)
-    return f": did you mean '{near[0]}'?" if near else f": use one of {', '.join(known)}"
 
 
 def migrate(row: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -13,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from weft.errors import WeftError
+from weft.errors import WeftError, nearest
 
 
 class _Loader(yaml.SafeLoader):
@@ -72,8 +71,7 @@ def load_object(dotted: str, what: str) -> Callable[..., Any]:
             raise WeftError(f"{what}: there is no module '{place}': check the name") from None
     found = getattr(module, name, None)
     if not callable(found):
-        near = difflib.get_close_matches(name, [n for n in vars(module) if not n.startswith("_")], n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "check the name"
+        hint = nearest(name, [n for n in vars(module) if not n.startswith("_")], "check the name")
         raise WeftError(f"{what}: {place} has no function '{name}': {hint}")
     return found
 
@@ -85,8 +83,7 @@ def check_arguments(found: Callable[..., Any], args: dict[str, Any], what: str, 
     known = signature.parameters
     unknown = [key for key in args if key not in known]
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(known) or 'none'}"
+        hint = nearest(unknown[0], known, f"it takes {', '.join(known) or 'none'}")
         raise WeftError(f"{what} has no argument '{unknown[0]}': {hint}")
     try:
         signature.bind(*[None] * given, **args)

@@ -7,7 +7,6 @@ Set WEFT_DEBUG=1 for the traceback behind a message.
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import sys
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from weft import __version__
-from weft.errors import WeftError
+from weft.errors import WeftError, nearest
 
 # name -> (module, dataclass with `run() -> int`, one line). The modules are imported only when their command runs.
 COMMANDS = {
@@ -63,9 +62,7 @@ def find_command(argv: Sequence[str]) -> tuple[str, list[str]]:
             return name, list(argv[words:])
     group = [name for name in COMMANDS if name.split()[0] == argv[0]]
     tried = " ".join(argv[:2]) if group else argv[0]
-    near = difflib.get_close_matches(tried, group or list(COMMANDS), n=1)
-    hint = f"did you mean 'weft {near[0]}'?" if near else f"known: {', '.join(group or COMMANDS)}"
-    raise WeftError(f"unknown command '{tried}'; {hint}")
+    raise WeftError(f"unknown command '{tried}': {nearest(tried, group or COMMANDS)}")
 
 
 def dispatch(argv: Sequence[str]) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 import weft
-from weft.errors import WeftError
+from weft.errors import WeftError, nearest
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -33,9 +32,8 @@ def find_recipe(name: str) -> Path:
         return folder / f"{short}.yaml"
     if path.is_dir():
         raise WeftError(f"recipe {name} is a folder; name a YAML file in it")
-    near = difflib.get_close_matches(short, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"recipes that ship with weft: {', '.join(known) or 'none'}"
-    raise WeftError(f"no recipe {name}; {hint}")
+    shipped = f"recipes that ship with weft: {', '.join(known) or 'none'}"
+    raise WeftError(f"no recipe {name}: {nearest(short, known, shipped)}")
 
 
 def tested_versions() -> dict[str, str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from weft.errors import WeftError
+from weft.errors import WeftError, nearest
 from weft.record import IMAGE_SUFFIXES, Record, make_record
 
 
@@ -32,8 +31,7 @@ def folder_records(path: Path, options: dict[str, Any], task: str | None, faults
     for stem, picture in targets.items():
         try:
             if source and stem not in sources:
-                near = difflib.get_close_matches(stem, sources, n=1)
-                raise WeftError(f"source: no picture '{stem}' in {source}" + (f", is it '{near[0]}'?" if near else ""))
+                raise WeftError(f"source: no picture '{stem}' in {source}: {nearest(stem, sources, 'add it')}")
             record = make_record(
                 _caption(stem, [target, captions or path, path / "instruction"]),
                 source=sources.get(stem),

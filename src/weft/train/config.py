@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from weft.errors import WeftError
+from weft.errors import WeftError, nearest
 from weft.settings import parse_yaml, read_yaml
 from weft.train.geometry import RewardRecipe, RolloutRecipe
 
@@ -211,12 +210,6 @@ class Recipe:
     plan: PlanRecipe = field(default_factory=PlanRecipe)
 
 
-def nearest(key: str, known: Sequence[str]) -> str:
-    """`; did you mean "x"?` or the list of known keys."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f'did you mean "{close[0]}"?' if close else f"known keys: {', '.join(known)}"
-
-
 def build(kind: Any, value: Any, where: str, file: str = "recipe") -> Any:
     """`value` (plain YAML data) as `kind` (a dataclass, a basic type, list, dict, Literal or Optional of these).
 
@@ -232,7 +225,7 @@ def build(kind: Any, value: Any, where: str, file: str = "recipe") -> Any:
         for key in value:
             if key not in known:
                 dotted = f"{where}.{key}" if where else str(key)
-                raise WeftError(f'{file}: unknown key "{dotted}"; {nearest(str(key), known)}')
+                raise WeftError(f"{file}: unknown key '{dotted}': {nearest(key, known)}")
         parts = {k: build(hints[k], v, f"{where}.{k}" if where else k, file) for k, v in value.items()}
         return kind(**parts)  # type: ignore[operator]
     origin, args = get_origin(kind), get_args(kind)

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from weft.errors import WeftError
+from weft.errors import WeftError, nearest
 from weft.settings import load_object
-from weft.train.config import Recipe, nearest
+from weft.train.config import Recipe
 from weft.train.fed import Fed
 from weft.train.feed import Feed
 from weft.train.parallel import Processes
@@ -101,7 +101,7 @@ def make_method(setting: Setting) -> Method:
     """The method that the recipe names: a known one, or a dotted path to the user's. Raises WeftError."""
     name = setting.recipe.method.name
     if name not in METHODS and ":" not in name:
-        raise WeftError(f'{setting.file}: method.name: there is no method "{name}"; {nearest(name, list(METHODS))}')
+        raise WeftError(f"{setting.file}: method.name: there is no method '{name}': {nearest(name, METHODS)}")
     kind = load_object(METHODS.get(name, name), "method.name")
     made: Method = kind(setting, setting.recipe.method.options)
     return made

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from weft.errors import WeftError
+from weft.errors import WeftError, nearest
 from weft.reward.advantage import AdvantageConfig, group_stats
 from weft.reward.filter import FilterConfig, banned, keep_groups
 from weft.reward.make import make_scorer
@@ -24,7 +24,6 @@ from weft.reward.mix import Mixed, Mixture, ScorerConfig, averages, spearman
 from weft.rng import numpy_rng
 from weft.sample import kernels
 from weft.sample.solvers import SOLVERS
-from weft.train.config import nearest
 from weft.train.fed import Fed
 from weft.train.geometry import RewardRecipe, RolloutRecipe, check_geometry
 from weft.train.method import Setting
@@ -355,7 +354,7 @@ def check_rollout(r: RolloutRecipe, advantage: AdvantageConfig) -> None:
             f"every group would be dropped"
         )
     if r.solver not in SOLVERS:
-        raise WeftError(f'rollout.solver: there is no "{r.solver}"; {nearest(r.solver, list(SOLVERS))}')
+        raise WeftError(f"rollout.solver: there is no '{r.solver}': {nearest(r.solver, SOLVERS)}")
     kernels.coefficients(1.0, 0.5, kind=r.kind, eta=r.eta)  # refuses a noise level that does not fit the kind
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from weft.errors import WeftError
+from weft.errors import WeftError, nearest
 from weft.models.adapt import add_lora, load_whole, start_lora
 from weft.rng import seed_of
 from weft.settings import check_arguments, load_object
-from weft.train.config import Recipe, nearest
+from weft.train.config import Recipe
 from weft.types import Trainable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,7 +61,7 @@ def choose_modules(recipe: Recipe, trainable: Trainable) -> dict[str, nn.Module]
         names = ["transformer"] if recipe.trainable is None else list(modules)
     for name in names:
         if name not in modules:
-            raise WeftError(f'model.train: the model has no module "{name}"; {nearest(name, list(modules))}')
+            raise WeftError(f"model.train: the model has no module '{name}': {nearest(name, modules)}")
     trained = {name: modules[name] for name in names}
     rows = trainable.new_rows() if hasattr(trainable, "new_rows") else {}
     whole = getattr(trainable, "whole", ())  # modules that train whole also beside a LoRA

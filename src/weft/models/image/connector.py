@@ -15,7 +15,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from weft.errors import WeftError
+from weft.errors import WeftError, nearest
 from weft.rng import generator
 
 IGNORED = ("_attn_implementation", "attn_implementation", "model_type", "transformers_version", "torch_dtype", "dtype")
@@ -40,7 +40,7 @@ class ConnectorConfig:
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known - set(IGNORED))
         if unknown:
-            raise WeftError(f"connector_config: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
+            raise WeftError(f"connector_config: unknown key '{unknown[0]}': {nearest(unknown[0], sorted(known))}")
         config = cls(**{key: value for key, value in values.items() if key in known})
         if config.hidden_size % config.num_attention_heads:
             raise WeftError(
