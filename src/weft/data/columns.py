@@ -11,7 +11,6 @@ A column whose whole name fits goes first.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weft.errors import WeftError
+from weft.errors import WeftError, nearest
 from weft.media import LazyPicture
 from weft.record import Part, Record, Turn, default_task, image_part, relative_path, text_part
 
@@ -29,12 +28,18 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Layout:
-    """A public format: recognised by the columns that it `needs`."""
+    """A public format: recognised by the columns that it `needs`; with `alone` only if there are none
+    but those and these."""
 
     name: str
     needs: tuple[str, ...]
     fields: dict[str, str]
+    alone: tuple[str, ...] | None = None
 
+
+_REQUEST = {"source": "image|images[0]", "references": "images[1:]", "instruction": "prompt"} | {
+    "meta.requirement": "requirement", "meta.negative": "negative_prompt"
+}  # fmt: skip
 
 # First the formats with telling names. Sources: the data sets' cards and the readers of the named repositories.
 LAYOUTS = (
@@ -67,7 +72,25 @@ LAYOUTS = (
         "pico-banana-400k",
         ("open_image_input_url", "text"),
         {"source": "local_input_image|open_image_input_url", "target": "output_image", "instruction": "text"}
-        | {"meta.kind": "edit_type"},
+        | {"rejected": "rejected_images", "meta.kind": "edit_type"},
+    ),
+    Layout("pico-banana-400k multi-turn", ("files", "metadata_edit_turn_prompts"), {}),
+    Layout(
+        "NHR-Edit",
+        ("source_file_name|source_image", "edited_file_name|edited_image", "edit_instruction"),
+        {"source": "source_file_name|source_image", "target": "edited_file_name|edited_image"}
+        | {"instruction": "edit_instruction", "meta.kind": "category"},
+    ),
+    Layout(
+        "GPT-Image-Edit-1.5M",
+        ("input", "output", "instruction", "dataset_source"),
+        {"id": "id", "source": "input", "target": "output", "instruction": "instruction", "meta.kind": "task"},
+    ),
+    Layout(
+        "ShareGPT-4o-Image",
+        ("input_prompt", "output_image"),
+        {"source": "input_image[0]", "references": "input_image[1:]", "target": "output_image"}
+        | {"instruction": "input_prompt"},
     ),
     Layout(
         "InstructPix2Pix",
@@ -80,17 +103,13 @@ LAYOUTS = (
         {"source": "control_path|control_path_*[0]", "references": "control_path_*[1:]", "target": "image_path"}
         | {"instruction": "caption"},
     ),
-    Layout(
-        "Edit-R1 or Flow-Factory",
-        ("prompt", "image|images"),
-        {"source": "image|images[0]", "references": "images[1:]", "instruction": "prompt"}
-        | {"meta.requirement": "requirement", "meta.negative": "negative_prompt"},
-    ),
+    Layout("Edit-R1 or Flow-Factory", ("prompt", "image|images"), _REQUEST),
     Layout(
         "GenEval",
         ("prompt", "tag", "include"),
         {"instruction": "prompt", "meta.tag": "tag", "meta.include": "include", "meta.exclude": "exclude"},
     ),
+    Layout("Flow-Factory prompts", ("prompt",), _REQUEST, alone=("negative_prompt",)),
     Layout(
         "fields by name",
         ("instruction|prompt|caption|txt", "target|source|references|reference_*|jpg|jpeg|png|webp"),
@@ -110,14 +129,14 @@ def fields_of(columns: Iterable[str], given: dict[str, str], where: str) -> dict
     row = dict.fromkeys(columns, True)
     for name, expression in given.items():
         if name not in FIELDS and not name.startswith("meta."):
-            near = difflib.get_close_matches(name, FIELDS, n=1)
-            fix = f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(FIELDS)}, meta.NAME"
+            fix = nearest(name, FIELDS, f"use one of {', '.join(FIELDS)}, meta.NAME")
             raise WeftError(f"map: unknown field '{name}': {fix}")
         missing = [c for c in re.split(r"[|+]", expression) if c and not _present(row, c)]
         if missing and len(missing) == len(re.split(r"[|+]", expression)):
             raise WeftError(f"map: {where} has no column '{missing[0]}' for {name}, it has {', '.join(columns)}")
     for layout in LAYOUTS:
-        if all(_present(row, need) for need in layout.needs):
+        others = set(columns) - {*layout.needs, *(layout.alone or columns)}
+        if all(_present(row, need) for need in layout.needs) and not others:
             return layout.fields | given
     if "instruction" not in given:
         raise WeftError(
@@ -186,8 +205,9 @@ def convert(row: Row, fields: dict[str, str], name: str, root: Path | None, task
         if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(n, int) for n in size):
             raise WeftError(f"size: {size!r} is not [height, width]")
         meta["size"] = list(size)
-    if isinstance(row.get("data"), list) and "instruction" not in fields:
-        turns = [turn for k, part in enumerate(row["data"]) for turn in _imgedit_turns(part, k, row["data"], root)]
+    steps = None if "instruction" in fields else _steps(row)
+    if isinstance(steps, list):
+        turns = [turn for k, part in enumerate(steps) for turn in _imgedit_turns(part, k, steps, root)]
     else:
         turns = _exchange(found, root)
     record = Record(found.get("id") or name, "", turns, meta, root=root)
@@ -226,15 +246,41 @@ def _exchange(found: Row, root: Path | None) -> list[Turn]:
     if not instruction:
         raise WeftError("instruction: missing or empty: give a text")
     user = [_media(found[role], role, root) for role in ("source", "mask") if found.get(role) is not None]
-    references = found.get("references")
-    if references is not None:
-        many = list(references) if isinstance(references, list | tuple) else [references]
-        user += [_media(medium, "reference", root, f"references[{k}]") for k, medium in enumerate(many)]
-        user += [text_part("")] if many else []  # attached: the text speaks of them in its own words
+    references = _all_media(found, "references", "reference", root)
+    user += [*references, text_part("")] if references else []  # attached: the text speaks of them in its own words
     turns = [Turn("user", [*user, text_part(instruction)])]
-    answers = [_media(found[key], role, root, key) for key, role in (("target", None), ("rejected", "rejected"))
-               if found.get(key) is not None]  # fmt: skip
+    answers = [_media(found["target"], None, root, "target")] if found.get("target") is not None else []
+    answers += _all_media(found, "rejected", "rejected", root)
     return turns + ([Turn("assistant", answers)] if answers else [])
+
+
+def _all_media(found: Row, field: str, role: str, root: Path | None) -> list[Part]:
+    """The media of a field that holds one or a list of them."""
+    value = found.get(field)
+    if not isinstance(value, list | tuple):
+        return [] if value is None else [_media(value, role, root, field)]
+    return [_media(medium, role, root, f"{field}[{k}]") for k, medium in enumerate(value)]
+
+
+def _steps(row: Row) -> Any:
+    """The steps of a multi-turn edit as ImgEdit writes them; pico-banana's are brought into that form."""
+    if "metadata_edit_turn_prompts" not in row:
+        return row.get("data")
+    prompts, files = row["metadata_edit_turn_prompts"], row.get("files")
+    if not isinstance(prompts, list) or not isinstance(files, list) or not all(isinstance(f, dict) for f in files):
+        raise WeftError("files, metadata_edit_turn_prompts: not lists of files and of texts")
+    places = {file.get("id"): file.get("url") for file in files}
+    if row.get("local_input_image"):  # of the data set's own script
+        places["original_input_image"] = row["local_input_image"]
+    names = ["original_input_image", *(f"edit_turn{k}" for k in range(1, len(prompts))), "final_image"]
+    for name in names:
+        if places.get(name) is None:
+            raise WeftError(f"files: no '{name}' for {len(prompts)} prompts")
+    pictures = [places[name] for name in names]
+    return [
+        {"input_images": [before], "output_images": [after], "prompt": prompt}
+        for before, after, prompt in zip(pictures, pictures[1:], prompts, strict=False)
+    ]
 
 
 def _imgedit_turns(item: Any, k: int, items: list[Any], root: Path | None) -> list[Turn]:
@@ -267,5 +313,6 @@ def _media(value: Any, role: str | None, root: Path | None, field: str | None = 
         raise WeftError(f"{field}: '{value}' is a path, but shards hold their pictures themselves: map another column")
     path = relative_path(value, field)
     if not (root / path).is_file():
-        raise WeftError(f"{field}: no such file {root / path}: check the path or the option root")
+        fix = "add the option root=images" if (root / "images" / path).is_file() else "check the path or the option root"
+        raise WeftError(f"{field}: no such file {root / path}: {fix}")
     return image_part(path, role)

@@ -20,7 +20,7 @@ from weft.parts import short
 from weft.record import Record
 from weft.rows import SCHEMA, Lazy, lines, parse_json
 
-VERSION = 2  # of kept indexes: to be raised when another row becomes a fault
+VERSION = 3  # of kept indexes: to be raised when another row becomes a fault
 KEEP = 4 << 20  # bytes of a file from which on its index is kept: below, reading it again takes no time
 
 Make = Callable[[Any, int], Record]

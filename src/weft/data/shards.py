@@ -41,26 +41,39 @@ def parquet_rows(path: Path) -> Rows:
     leaves = [file.schema.column(k).path for k in range(len(file.schema))]
     binary = {leaf for k, leaf in enumerate(leaves) if _is_binary(file, k)}
     light = [leaf for leaf in leaves if leaf not in binary]
-    bare = [leaf for leaf in binary if "." not in leaf]  # a column of bytes without a name beside it
     pictures = {leaf.split(".")[0] for leaf in binary}
+    bare = pictures - {leaf.split(".")[0] for leaf in light}  # columns of bytes without names beside them
     number = 0
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows
         try:
             table = _read(file, group, light, path)
+            cells = {name: _bare_cells(file, path, group, name) for name in bare}
         except (OSError, ValueError) as error:  # pyarrow's errors are these; WeftError is a ValueError
             for k in range(count):
                 yield f"{path}:{number + k}", WeftError(f"row group {group} cannot be read ({error})")
             number += count
             continue
-        columns = {name: table.column(name).to_pylist() for name in table.column_names}
-        columns |= {name: [b""] * count for name in bare}
+        columns = {name: table.column(name).to_pylist() for name in table.column_names} | cells
         for k in range(count):
             row = {name: values[k] for name, values in columns.items()}
             for name in pictures & set(row):
                 row[name] = _lazy_cells(row[name], (str(path), group, name), k, f"{path}:{number + k} {name}")
             yield f"{path}:{number + k}", row
         number += count
+
+
+def _bare_cells(file: pq.ParquetFile, path: Path, group: int, name: str) -> list[Any]:
+    """What stands for the cells of a column of bytes alone until they are read: one place each, or a list of places,
+    for whose number the column has to be read once."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = file.schema_arrow.field(name).type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return [b""] * file.metadata.row_group(group).num_rows
+    lengths = pc.list_value_length(_chunk(str(path), group, name)).to_pylist()
+    return [None if length is None else [b""] * length for length in lengths]
 
 
 def _is_binary(file: pq.ParquetFile, k: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -16,8 +15,8 @@ from weft.data.columns import convert, fields_of
 from weft.data.folder import folder_records
 from weft.data.index import indexed
 from weft.data.shards import Row, Rows, parquet_rows, shard_rows
-from weft.errors import WeftError
-from weft.record import Record, record_from_dict, relative_path
+from weft.errors import WeftError, nearest
+from weft.record import Record, record_from_dict
 from weft.rows import lines, parse_json
 from weft.settings import check_arguments, load_object
 
@@ -26,7 +25,7 @@ _OPTIONS = {
     "jsonl": ("max_faults", "root", "downloads"),
     "prompts": ("max_faults",),
     "folder": ("max_faults", "target", "source", "references", "mask", "captions"),
-    "parquet": ("max_faults",),
+    "parquet": ("max_faults", "root"),
     "webdataset": ("max_faults",),
     "motion": ("max_faults", "captions", "tasks", "window", "hop", "least", "fps", "skeleton", "unit", "up"),
     "humanml3d": ("max_faults", "split", "least", "most"),
@@ -44,9 +43,9 @@ class SourceConfig:
     keywords, returning a sequence of records).
 
     `map` names the column of each field (`weft.data.columns`), `limit` takes the first so many rows, `task` overrides
-    the task. Options: `max_faults` (share of bad rows that is skipped, default 0.02); jsonl: `root` (the folder of
-    the media, relative to the file), `downloads` (the folder below it where the files of URLs lie, by their last
-    name); folder: `target`, `source`, `references`, `mask`, `captions` (folders); motion: those of
+    the task. Options: `max_faults` (share of bad rows that is skipped, default 0.02); jsonl and parquet: `root` (the
+    folder of the media that rows name by their paths, relative to the file's folder); jsonl: `downloads` (the folder
+    below it where the files of URLs lie, by their last name); folder: `target`, `source`, `references`, `mask`, `captions` (folders); motion: those of
     `weft.motion.convert.motion_records` and `Reading`; humanml3d: those of `weft.motion.files.humanml3d.records`.
     """
 
@@ -91,8 +90,7 @@ def load_source(config: SourceConfig) -> Sequence[Record]:
         raise WeftError(f"source kind '{config.kind}' is unknown: use one of {', '.join([*_OPTIONS, 'python'])}")
     for name in config.options:
         if name not in _OPTIONS[config.kind]:
-            near = difflib.get_close_matches(name, _OPTIONS[config.kind], n=1)
-            fix = f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(_OPTIONS[config.kind])}"
+            fix = nearest(name, _OPTIONS[config.kind])
             raise WeftError(f"source option '{name}' of {config.path} is unknown: {fix}")
     if config.limit is not None and config.limit < 1:
         raise WeftError(f"limit: {config.limit} rows of {config.path} leave nothing: give 1 or more")
@@ -134,7 +132,7 @@ def read_source(config: SourceConfig) -> Source:
         found = itertools.islice(_movements(config, faults, notes), config.limit)
         return Source([replace(record, task=config.task or record.task) for record in found], faults, notes)
     if config.kind == "jsonl":
-        root = path.parent / relative_path(str(config.options.get("root", ".")), "root")
+        root = _root(config, path.parent)
         downloads = config.options.get("downloads")
         if path.suffix == ".json":
             return Source(list(_converted(_json_rows(path, downloads), config, root, faults)), faults)
@@ -151,7 +149,16 @@ def read_source(config: SourceConfig) -> Source:
     reader = {"parquet": parquet_rows, "webdataset": shard_rows}[config.kind]
     suffixes = (".parquet",) if config.kind == "parquet" else (".tar",)
     rows = itertools.chain.from_iterable(reader(file) for file in _files(path, suffixes))
-    return Source(list(_converted(rows, config, None, faults)), faults)
+    root = None if config.kind == "webdataset" else _root(config, path if path.is_dir() else path.parent)
+    return Source(list(_converted(rows, config, root, faults)), faults)
+
+
+def _root(config: SourceConfig, folder: Path) -> Path:
+    """Where the media lie that rows name: the user's own configuration may lead anywhere, the rows not out of it."""
+    root = folder / str(config.options.get("root", "."))
+    if not root.is_dir():
+        raise WeftError(f"root: {root}: no such folder: check the options of {config.path}")
+    return root
 
 
 def _indexed(config: SourceConfig, make: Callable[[Any, int], Record], ids: str) -> Source:
@@ -275,12 +282,18 @@ def _row(item: Any, downloads: str | None) -> Row | WeftError:
         return WeftError(f"row: {type(item).__name__} is not an object: write {{...}}")
     if downloads is None:
         return item
-    return {key: f"{downloads}/{value.split('?')[0].rpartition('/')[2]}" if _is_url(value) else value
-            for key, value in item.items()}  # fmt: skip
+    return _downloaded(item, downloads)
 
 
-def _is_url(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith(("http://", "https://"))
+def _downloaded(value: Any, folder: str) -> Any:
+    """A row with the path of a file in `folder` in the place of each URL."""
+    if isinstance(value, dict):
+        return {key: _downloaded(inner, folder) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_downloaded(inner, folder) for inner in value]
+    if isinstance(value, str) and value.startswith(("http://", "https://")):
+        return f"{folder}/{value.split('?')[0].rpartition('/')[2]}"
+    return value
 
 
 def _prompts(path: Path) -> Rows:
