@@ -203,7 +203,7 @@ def test_the_command_line_exits_143_and_2(tmp_path):
     assert newest(tmp_path / "run") is not None
     done = subprocess.run([*command, "run.stepz=3"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr.strip() == f'weft: {file}: unknown key "run.stepz"; did you mean "steps"?'
+    assert done.stderr.strip() == f"weft: {file}: unknown key 'run.stepz': did you mean 'steps'?"
 
 
 def test_another_recipe_is_refused_at_resume(tmp_path):
@@ -288,6 +288,23 @@ def test_schedules(name, expected):
     assert schedule(share, 5, 110) == pytest.approx(expected[1])
 
 
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(("steps", "warmup"), [(37, 0), (37, 5), (30, 0.07), (3, 2)])
+def test_schedules_are_those_of_transformers(name, steps, warmup):
+    from transformers import TrainingArguments, get_scheduler
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    first = TrainingArguments.get_warmup_steps(type("Given", (), {"warmup_steps": warmup}), steps)
+    kind = "constant_with_warmup" if name == "constant" else name
+    scheduler = get_scheduler(kind, optimizer, num_warmup_steps=first, num_training_steps=steps)
+    for step in range(steps):
+        assert schedule(OptimRecipe(schedule=name, warmup=warmup, warmup_start=0), step, steps) == pytest.approx(
+            scheduler.get_last_lr()[0], abs=1e-12
+        )
+        optimizer.step()
+        scheduler.step()
+
+
 def test_muon_takes_the_matrices_inside_blocks(tmp_path):
     trainer = Trainer(read_recipe(recipe(tmp_path, optim={"name": "muon"})), {}, quiet)
     adam, muon = trainer.optimizers.names
@@ -315,6 +332,11 @@ def test_tensorboard_gets_the_numbers(tmp_path):
         run(recipe(tmp_path / "x", run={"trackers": ["wandbb"]}), say=quiet)
 
 
+def test_pictures_of_what_draws_none_are_refused_at_the_start(tmp_path):
+    with pytest.raises(WeftError, match="run.grid_every: Toy draws no pictures; set it to 0"):
+        run(recipe(tmp_path, run={"grid_every": 6}, grid={"source": source(2)}), say=quiet)
+
+
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     from weft.train import checkpoint
 
@@ -330,21 +352,34 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     assert run(recipe(tmp_path, run={"steps": 12, "allow_changes": True}), say=quiet).step == 12
 
 
+def of_two(file, tree):
+    """A run of two processes."""
+    import yaml
+
+    file.write_text(yaml.safe_dump(tree))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "weft.train", str(file)]
+    return subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_a_signal_between_two_steps_of_one_process_stops_both_at_the_same(tmp_path):
+    """One saves and waits for the other, which would wait for it in the next step."""
+    settings = {"accumulate": 2, "threads": 1, "validate_every": 4}
+    interrupted = {"trainable": f"{ROOT}/tests/toy.py:Interrupted", "validate": {"source": source(5)}}
+    done = of_two(tmp_path / "r.yaml", recipe(tmp_path / "run", run=settings, **interrupted))
+    assert done.returncode != 0 and "stopped by signal 15 at step 4, state saved" in done.stdout, done.stderr
+    assert newest(tmp_path / "run").name == "step-000004"
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_steps_of_one(tmp_path):
     """torchrun with gloo: the same global batch, gradients summed; also a bad sample stops both, by its name."""
-    import yaml
-
     plain = {"trainable": f"{ROOT}/tests/toy.py:Plain", "cache": {"ahead": True}}
     run(recipe(tmp_path / "a", run={"accumulate": 2}, **plain), say=quiet)
 
     def torchrun(name, **sections):
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(
-            yaml.safe_dump(recipe(tmp_path / name, run={"accumulate": 2, "threads": 1}, **plain, **sections))
-        )
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "weft.train", str(file)]
-        return subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=120)
+        tree = recipe(tmp_path / name, run={"accumulate": 2, "threads": 1}, **plain, **sections)
+        return of_two(tmp_path / f"{name}.yaml", tree)
 
     done = torchrun("b")
     assert done.returncode == 0, done.stderr

@@ -242,6 +242,32 @@ def test_wrong_options_are_named(folder, tmp_path):
         read_recipe(recipe(folder, tmp_path, stages=[{"until_step": 3}]))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optim.clip=0", "optim.clip: 0.0 must be positive"),
+        ("optim.lr=-1", "optim.lr: -1.0 must not be negative"),
+        ("optim.lr=.nan", "optim.lr: nan must not be negative"),
+        ("optim.betas=[0.9, 1]", "two numbers from 0 to 1"),
+        ("run.ema={decay: 2}", "run.ema.decay: 2.0 is not from 0 to 1"),
+        ("cache={batch: 0}", "cache.batch: 0 must be positive"),
+        ("stages=[{size: [64]}]", r"stages\[0\]: \[\[64\]\]: a size is \[height, width\]"),
+        ("stages=[{buckets: [[64, 64], [32]]}]", r"a size is \[height, width\]"),
+        ("stages=[{buckets: [[64, 64]], size: 64}]", "buckets are the sizes; remove size and aspects"),
+        ("stages=[{aspects: ['1:1']}]", r"stages\[0\].aspects: without a size they do nothing"),
+        ("stages=[{size: 64, batch_size: 0}]", r"stages\[0\].batch_size: 0 must be positive"),
+        ("trainable_args={x: 1}", "trainable_args do nothing without a trainable"),
+        ("trainable=tests/toy.py:Toy", "model.dtype does nothing with a trainable"),
+    ],
+)
+def test_numbers_that_cannot_be_and_options_without_effect_are_refused(tmp_path, change, message):
+    tree = {"model": {"path": "m"}, "data": [{"source": {"kind": "jsonl", "path": "a.jsonl"}}]}
+    read_recipe(tree)
+    changes = [change] if "toy" not in change else [change, "model.dtype=bf16"]
+    with pytest.raises(WeftError, match=message):
+        read_recipe(tree, changes)
+
+
 def test_overrides_and_yaml_numbers(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text("model: {path: m}\ndata: [{source: {kind: jsonl, path: a.jsonl}}]\noptim: {lr: 4e-5}\n")

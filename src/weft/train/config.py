@@ -76,7 +76,8 @@ class DataRecipe:
 class StageRecipe:
     """Resolution until `until_step` (exclusive; null: to the end). `size` alone: pictures become size x size (or
     [height, width]). With `aspects` ("4:3" = width:height) each record goes to the nearest bucket of that area, sides
-    multiples of `multiple`; with `buckets` to the nearest [height, width]. Without any, pictures stay as they are."""
+    multiples of `multiple`; with `buckets` to the [height, width] nearest in aspect. Without any, pictures stay as
+    they are."""
 
     until_step: int | None = None
     size: Size | None = None
@@ -102,9 +103,9 @@ class OptimRecipe:
     weight_decay: float = 0.0
     decay: Literal["matrices", "all"] = "matrices"
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: float = 0  # steps, or a share of all steps when below 1
+    warmup: float = 0  # steps, or a share of all steps when below 1 (rounded up)
     warmup_start: float = 1e-5  # the first step's share of lr
-    final: float = 0.0  # the last step's share of lr
+    final: float = 0.0  # the share of lr to which the schedule decays: the step after the last would have it
     clip: float | None = 1.0
 
 
@@ -123,7 +124,8 @@ class EmaRecipe:
 @dataclass(slots=True)
 class CacheRecipe:
     """Store of encoded examples. `ahead` encodes every record before step 0; `drop_encoders` then frees the frozen
-    modules; `text_dtype` stores text states in 16 bits; `augment` is not possible here by construction."""
+    modules; `text_dtype` stores text states in 16 bits. An example is the same in every step, so nothing random may
+    be in it."""
 
     folder: str | None = None  # default: <run folder>/cache
     ahead: bool = False
@@ -335,8 +337,21 @@ def check(recipe: Recipe, file: str) -> Recipe:
     run = recipe.run
     need(bool(recipe.data), "data: at least one source is needed")
     need(recipe.model.path is not None or recipe.trainable is not None, "model.path: name a model folder")
-    for name in ("steps", "batch_size", "accumulate", "keep", "log_every", "checkpoint_every"):
-        need(getattr(run, name) > 0, f"run.{name}: {getattr(run, name)} must be positive")
+    for part, where, names in (
+        (run, "run", ("steps", "batch_size", "accumulate", "keep", "log_every", "checkpoint_every")),
+        (recipe.model.lora, "model.lora", ("rank",)),
+        (recipe.optim, "optim", ("eps", "clip")),
+        (recipe.cache, "cache", ("batch", "shard")),
+        (recipe.validate, "validate", ("count", "batch_size")),
+        (recipe.grid, "grid", ("count", "steps")),
+        *((stage, f"stages[{i}]", ("batch_size", "accumulate", "multiple")) for i, stage in enumerate(recipe.stages)),
+    ):
+        for name in names:
+            value = getattr(part, name, None)
+            need(value is None or value > 0, f"{where}.{name}: {value} must be positive")
+    for name in ("lr", "muon_lr", "weight_decay", "warmup"):
+        value = getattr(recipe.optim, name)
+        need(value >= 0, f"optim.{name}: {value} must not be negative")
     need(0 <= run.max_faults <= 1, f"run.max_faults: {run.max_faults} is not a share: give a number from 0 to 1")
     for i, item in enumerate(recipe.data):
         need(item.weight > 0, f"data[{i}].weight: {item.weight} must be positive; remove the source instead")
@@ -359,12 +374,28 @@ def check(recipe: Recipe, file: str) -> Recipe:
         if stage.until_step is not None:
             need(stage.until_step > last, f"stages[{i}].until_step: {stage.until_step} is not after {last}")
             last = stage.until_step
+        pairs = [*(stage.buckets or []), *([stage.size] if isinstance(stage.size, list) else [])]
+        need(all(len(p) == 2 and min(p) > 0 for p in pairs), f"stages[{i}]: {pairs}: a size is [height, width]")
+        both = stage.buckets is not None and (stage.size is not None or stage.aspects is not None)
+        need(not both, f"stages[{i}]: buckets are the sizes; remove size and aspects")
+        need(stage.aspects is None or stage.size is not None, f"stages[{i}].aspects: without a size they do nothing")
     if recipe.stages and recipe.stages[-1].until_step is not None:
         need(last >= run.steps, f"stages end at step {last}, before run.steps {run.steps}: extend the last stage")
     if recipe.cache is not None and recipe.cache.drop_encoders:
         need(recipe.cache.ahead, "cache.drop_encoders: only with cache.ahead, or a record would find no encoder")
         need(recipe.grid is None, "cache.drop_encoders: grid pictures need the encoders; drop one of the two")
-    need(len(recipe.optim.betas) == 2, f"optim.betas: two numbers, found {recipe.optim.betas}")
+    betas = recipe.optim.betas
+    need(len(betas) == 2 and all(0 <= b < 1 for b in betas), f"optim.betas: two numbers from 0 to 1, found {betas}")
+    need(run.ema is None or 0 <= run.ema.decay <= 1, f"run.ema.decay: {run.ema and run.ema.decay} is not from 0 to 1")
+    if recipe.validate is not None:
+        sigmas = recipe.validate.sigmas
+        need(bool(sigmas) and all(0 <= x <= 1 for x in sigmas), f"validate.sigmas: {sigmas}: give some from 0 to 1")
+    if recipe.trainable is None:
+        need(not recipe.trainable_args, "trainable_args do nothing without a trainable; remove them")
+    else:
+        for name in ("dtype", "attention_backend", "options"):
+            idle = getattr(recipe.model, name) != getattr(ModelRecipe(), name)
+            need(not idle, f"model.{name} does nothing with a trainable; see what its trainable_args offer")
     return recipe
 
 

@@ -127,8 +127,11 @@ class Optimizers:
 
 
 def schedule(config: OptimRecipe, step: int, steps: int) -> float:
-    """Warm-up from `warmup_start` to 1, then constant, linear or cosine decay to `final` at the last step."""
-    warmup = round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
+    """The share of lr in a step (from 0): warm-up from `warmup_start` to 1, then constant, linear or cosine to `final`.
+
+    The schedules of transformers' `get_scheduler` where `warmup_start` is 0, a share of the steps rounded up as there.
+    """
+    warmup = math.ceil(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
     if step < warmup:
         return config.warmup_start + (1 - config.warmup_start) * step / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
