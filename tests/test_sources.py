@@ -402,6 +402,11 @@ def test_folder_of_pairs(tmp_path: Path) -> None:
     assert [r.id for r in found] == ["a", "b"]
     assert "source: no picture 'd'" in found.faults[0] and "no e.txt in" in found.faults[1]
     assert "target: no picture 'c'" in found.faults[2]
+    many = {f"reference_{k}__b_png": png((k, 0, 0)) for k in (10, 3)}
+    folder(tmp_path, **many, target__01_png=b"", source__x_txt="")
+    (tmp_path / "target" / "01.png").rename(tmp_path / "target" / "._a.png")  # what macOS puts beside a picture
+    _, b = load("folder", tmp_path, options={"max_faults": 1.0})
+    assert [colour(b, r) for r in b.references] == [WHITE, LIME, (3, 0, 0), (10, 0, 0)]
     folder(tmp_path, source__a_png=png())
     with pytest.raises(WeftError, match="a.png and a.jpg have one stem"):
         load("folder", tmp_path)
@@ -538,7 +543,12 @@ def test_shards(tmp_path: Path) -> None:
     assert colour(edits[0], edits[0].source) == RED and colour(edits[0], edits[0].target) == BLUE
     (made,) = load("webdataset", tmp_path / "1.tar")
     assert (made.task, made.instruction, made.meta) == ("generate", "a lime picture", {"kind": "k"})
-    assert len(load("webdataset", tmp_path / "*.tar", map={"instruction": "txt|caption", "target": "target|jpg"})) == 3
+    both = load("webdataset", tmp_path / "*.tar", map={"instruction": "txt|caption", "target": "target|jpg"})
+    assert [r.id for r in both] == [f"{tmp_path.name}-000000{k}" for k in range(3)] and both.notes == []
+    (tmp_path / "0.tar").rename(tmp_path / "train-0.tar")
+    shard(tmp_path / "dev-0.tar", *sample("x/3"))
+    (note,) = load("webdataset", tmp_path, map={"instruction": "txt|caption", "target": "target|jpg"}).notes
+    assert note.startswith("files of the splits dev, train are read as one") and note.endswith("train-*.tar")
 
 
 def test_cut_and_damaged_shards_are_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,39 @@ def test_twelve_steps_equal_six_kill_resume(tmp_path, optimizer):
     assert all(torch.equal(exported[0][k], exported[1][k]) for k in exported[0])
     steps = [json.loads(line)["step"] for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
     assert steps == [3, 6, 9, 12]  # what the killed run logged after its checkpoint is not there twice
+
+
+@pytest.mark.parametrize("extra", [{}, {"optim": {"name": "muon"}, "cache": {"shard": 5}}], ids=["adamw", "muon"])
+def test_it_continues_from_any_step_bit_for_bit(tmp_path, extra):
+    """Through stages with other buckets, batch sizes and none, with several groups and sources, and a rare average."""
+
+    def shaped(**args):
+        return {"call": f"{ROOT}/tests/toy.py:shaped", "args": args}
+
+    settings = {"steps": 18, "batch_size": 3, "accumulate": 2, "keep": 99, "export": False, "threads": 1}
+    tree = recipe(
+        tmp_path / "a",
+        data=[
+            {"source": shaped(), "weight": 2, "batch_group": "edit"},
+            {"source": shaped(count=7, seed=3), "batch_group": "edit"},
+            {"source": shaped(task="generate", seed=1), "batch_group": "generate"},
+        ],
+        stages=[
+            {"until_step": 4, "size": 64, "aspects": ["1:1", "4:3", "3:4"], "multiple": 16},
+            {"until_step": 9, "size": 96, "aspects": ["1:1", "3:2", "2:3"]},
+            {"until_step": 13, "batch_size": 2, "accumulate": 4},
+            {"buckets": [[64, 64], [64, 96], [96, 64]], "batch_size": 2, "accumulate": 3},
+        ],
+        run={**settings, "checkpoint_every": 1, "ema": {"every": 3, "start": 1}},
+        **extra,
+    )
+    run(tree, say=quiet)
+    through = state(tmp_path / "a")
+    for step in (2, 5, 8, 11, 14, 17):
+        folder = tmp_path / f"from-{step}"
+        shutil.copytree(tmp_path / "a" / f"step-{step:06d}", folder / f"step-{step:06d}")
+        run(tree, [f"run.folder={folder}", "run.checkpoint_every=99"], say=quiet)
+        assert_same(through, state(folder))
 
 
 def test_accumulation_is_a_large_batch(tmp_path):

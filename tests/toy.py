@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from weft.record import Record, make_record
-from weft.rng import normal
+from weft.rng import normal, numpy_rng
 from weft.types import Draw, Example, Loss
 
 
@@ -86,6 +86,14 @@ class Interrupted(Plain):
         if not torch.is_grad_enabled():
             os.kill(os.getpid(), signal.SIGTERM)
         return super().loss(examples, draw)
+
+
+def shaped(count: int = 20, task: str = "edit", seed: int = 0) -> list[Record]:
+    """`numbers` whose outputs are of several sizes."""
+    found, random = numbers(count, task=task), numpy_rng(seed, "shapes")
+    for record in found:
+        record.meta["size"] = [[64, 64], [64, 80], [64, 100], [100, 64]][int(random.integers(4))]
+    return found
 
 
 def numbers(

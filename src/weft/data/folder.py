@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ def folder_records(path: Path, options: dict[str, Any], task: str | None, faults
         raise WeftError(f"{path}: no such folder: check the path")
     target = _folder(path, options, "target") or path
     source, mask, captions = (_folder(path, options, name) for name in ("source", "mask", "captions"))
-    named = options.get("references", sorted(p.name for p in path.glob("reference*") if p.is_dir()))
+    found = sorted((p.name for p in path.glob("reference*") if p.is_dir()), key=_number)
+    named = options.get("references", found)
     references = [_pictures(_existing(path, name)) for name in ([named] if isinstance(named, str) else named)]
     targets = _pictures(target)
     if not targets:
@@ -49,6 +51,12 @@ def folder_records(path: Path, options: dict[str, Any], task: str | None, faults
         faults.append(f"{sources[stem]}: target: no picture '{stem}' in {target}")
 
 
+def _number(name: str) -> tuple[int, str]:
+    """`reference_10` after `reference_2`."""
+    digits = re.search(r"\d+$", name)
+    return int(digits[0]) if digits else -1, name
+
+
 def _folder(path: Path, options: dict[str, Any], name: str) -> Path | None:
     if name in options:
         return _existing(path, options[name])
@@ -65,7 +73,7 @@ def _existing(path: Path, name: Any) -> Path:
 def _pictures(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file():
+        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file() and not file.name.startswith("."):
             if file.stem in found:
                 raise WeftError(f"{file} and {found[file.stem].name} have one stem: rename or remove one")
             found[file.stem] = file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -148,9 +149,10 @@ def read_source(config: SourceConfig) -> Source:
         return _indexed(config, foreign, "map another column, or id=")
     reader = {"parquet": parquet_rows, "webdataset": shard_rows}[config.kind]
     suffixes = (".parquet",) if config.kind == "parquet" else (".tar",)
-    rows = itertools.chain.from_iterable(reader(file) for file in _files(path, suffixes))
+    files = _files(path, suffixes)
+    rows = itertools.chain.from_iterable(reader(file) for file in files)
     root = None if config.kind == "webdataset" else _root(config, path if path.is_dir() else path.parent)
-    return Source(list(_converted(rows, config, root, faults)), faults)
+    return Source(list(_converted(rows, config, root, faults)), faults, _splits(files))
 
 
 def _root(config: SourceConfig, folder: Path) -> Path:
@@ -169,7 +171,8 @@ def _indexed(config: SourceConfig, make: Callable[[Any, int], Record], ids: str)
 
 
 def _name(config: SourceConfig, count: int) -> str:
-    return f"{Path(config.path).stem}-{count:07d}"
+    path = Path(config.path)
+    return f"{path.parent.absolute().name if '*' in path.name else path.stem}-{count:07d}"
 
 
 def refuse_faults(faults: Sequence[str], rows: int, limit: float, name: str) -> None:
@@ -232,6 +235,15 @@ def _converted(rows: Rows, config: SourceConfig, root: Path | None, faults: list
             continue
         seen[record.id] = where
         yield record
+
+
+def _splits(files: list[Path]) -> list[str]:
+    """A note where the files are those of several splits, which one rarely wants as one."""
+    found = {match[0] for file in files if (match := re.match("train|validation|valid|val|dev|test", file.name))}
+    if len(found) < 2:
+        return []
+    return [f"files of the splits {', '.join(sorted(found))} are read as one: a pattern names those of one, "
+            f"as {max(found)}-*{files[0].suffix}"]  # fmt: skip
 
 
 def _files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:

@@ -101,7 +101,7 @@ class OptimRecipe:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     weight_decay: float = 0.0
-    decay: Literal["matrices", "all"] = "matrices"
+    decay: Literal["matrices", "all"] = "matrices"  # what it applies to; matrices: all of two or more dimensions
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = 0  # steps, or a share of all steps when below 1 (rounded up)
     warmup_start: float = 1e-5  # the first step's share of lr
