@@ -238,6 +238,9 @@ def test_wrong_options_are_named(folder, tmp_path):
         read_recipe(recipe(folder, tmp_path, grid={"source": MIXED, "negative": "blurred"}))
     with pytest.raises(WeftError, match="grid.guidance is 0.5; it must be at least 1"):
         read_recipe(recipe(folder, tmp_path, grid={"source": MIXED, "guidance": 0.5}))
+    stages = [{"until_step": 2, "size": 64}, {"size": 100}]
+    with pytest.raises(WeftError, match=r"stages\[1\]: 100x100 \(height x width\): make both multiples of 16"):
+        Trainer(read_recipe(recipe(folder, tmp_path, stages=stages)), {}, quiet)
     with pytest.raises(WeftError, match="stages end at step 3"):
         read_recipe(recipe(folder, tmp_path, stages=[{"until_step": 3}]))
 
@@ -256,6 +259,7 @@ def test_wrong_options_are_named(folder, tmp_path):
         ("stages=[{buckets: [[64, 64]], size: 64}]", "buckets are the sizes; remove size and aspects"),
         ("stages=[{aspects: ['1:1']}]", r"stages\[0\].aspects: without a size they do nothing"),
         ("stages=[{size: 64, batch_size: 0}]", r"stages\[0\].batch_size: 0 must be positive"),
+        ("data.0.source.limit=-1", r"data\[0\].source.limit: -1 must be positive"),
         ("trainable_args={x: 1}", "trainable_args do nothing without a trainable"),
         ("trainable=tests/toy.py:Toy", "model.dtype does nothing with a trainable"),
     ],

@@ -327,6 +327,7 @@ def check(recipe: Recipe, file: str) -> Recipe:
     def source(config: SourceRecipe, where: str) -> None:
         need((config.call is None) != (config.kind is None), f"{where}: give either call or kind")
         need(config.kind is None or config.path is not None, f"{where}.path: kind {config.kind} needs a path")
+        need(config.limit is None or config.limit > 0, f"{where}.limit: {config.limit} must be positive")
         for name in ("path", "map", "task", "options") if config.call is not None else ("args",):
             have = "call" if config.call is not None else f"kind {config.kind}"
             need(not getattr(config, name), f"{where}.{name} does nothing with {have}; remove it")

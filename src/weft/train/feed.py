@@ -67,6 +67,10 @@ class Feed:
         self.sources = [open_source(item.source) for item in recipe.data]
         self.stages = recipe.stages or [StageRecipe()]
         self.sizes = [stage_sizes(stage) for stage in self.stages]
+        for i, (height, width) in ((i, size) for i, sizes in enumerate(self.sizes) for size in sizes or ()):
+            multiple = getattr(trainable, "multiple", 1)
+            if height % multiple or width % multiple:  # a later stage would fail days later
+                raise WeftError(f"stages[{i}]: {height}x{width} (height x width): make both multiples of {multiple}")
         self.cache: ExampleCache | None = None
         self.print = ""
         self._keys: dict[tuple[int, int, Size | None], tuple[str, str]] = {}  # (source, row, size) -> key, id
