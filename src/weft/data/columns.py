@@ -313,6 +313,7 @@ def _media(value: Any, role: str | None, root: Path | None, field: str | None = 
         raise WeftError(f"{field}: '{value}' is a path, but shards hold their pictures themselves: map another column")
     path = relative_path(value, field)
     if not (root / path).is_file():
-        fix = "add the option root=images" if (root / "images" / path).is_file() else "check the path or the option root"
+        inside = (root / "images" / path).is_file()
+        fix = "add the option root=images" if inside else "check the path or the option root"
         raise WeftError(f"{field}: no such file {root / path}: {fix}")
     return image_part(path, role)

@@ -46,8 +46,9 @@ class SourceConfig:
     `map` names the column of each field (`weft.data.columns`), `limit` takes the first so many rows, `task` overrides
     the task. Options: `max_faults` (share of bad rows that is skipped, default 0.02); jsonl and parquet: `root` (the
     folder of the media that rows name by their paths, relative to the file's folder); jsonl: `downloads` (the folder
-    below it where the files of URLs lie, by their last name); folder: `target`, `source`, `references`, `mask`, `captions` (folders); motion: those of
-    `weft.motion.convert.motion_records` and `Reading`; humanml3d: those of `weft.motion.files.humanml3d.records`.
+    below it where the files of URLs lie, by their last name); folder: `target`, `source`, `references`, `mask`,
+    `captions` (folders); motion: those of `weft.motion.convert.motion_records` and `Reading`; humanml3d: those of
+    `weft.motion.files.humanml3d.records`.
     """
 
     kind: str
@@ -151,8 +152,8 @@ def read_source(config: SourceConfig) -> Source:
     suffixes = (".parquet",) if config.kind == "parquet" else (".tar",)
     files = _files(path, suffixes)
     rows = itertools.chain.from_iterable(reader(file) for file in files)
-    root = None if config.kind == "webdataset" else _root(config, path if path.is_dir() else path.parent)
-    return Source(list(_converted(rows, config, root, faults)), faults, _splits(files))
+    beside = None if config.kind == "webdataset" else _root(config, path if path.is_dir() else path.parent)
+    return Source(list(_converted(rows, config, beside, faults)), faults, _splits(files))
 
 
 def _root(config: SourceConfig, folder: Path) -> Path:
