@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -158,7 +159,7 @@ def read_source(config: SourceConfig) -> Source:
 
 def _root(config: SourceConfig, folder: Path) -> Path:
     """Where the media lie that rows name: the user's own configuration may lead anywhere, the rows not out of it."""
-    root = folder / str(config.options.get("root", "."))
+    root = Path(os.path.normpath(folder / str(config.options.get("root", "."))))  # records hold no ".."
     if not root.is_dir():
         raise WeftError(f"root: {root}: no such folder: check the options of {config.path}")
     return root
