@@ -71,11 +71,7 @@ def test_clusters_widen_the_interval() -> None:
     assert (general.low, general.high) == pytest.approx((honest.low, honest.high))
 
 
-def test_groups_and_macro_mean() -> None:
-    values, groups = [1, 1, 1, 1, 0, 0, 0, 1], ["a"] * 4 + ["b"] * 4
-    by_group = stats.bootstrap_groups(values, groups)
-    assert list(by_group) == ["a", "b"]
-    assert by_group["a"].value == 1 and by_group["b"].value == 0.25
+def test_macro_mean() -> None:
     # A group counts once however many records it has.
     macro = stats.macro_mean({"a": [1.0] * 400, "b": [0, 0, 0, 1]})
     assert macro.value == pytest.approx(0.625)
@@ -117,24 +113,31 @@ def test_spearman_equals_scipy_and_ignores_monotone_maps(pairs: list[tuple[int, 
 
 
 def test_pairwise_accuracy() -> None:
-    assert stats.pairwise_accuracy([1, 2, 3], [10, 20, 30]).value == 1
-    assert stats.pairwise_accuracy([3, 2, 1], [10, 20, 30]).value == 0
-    tied = stats.pairwise_accuracy([5, 5, 5], [1, 2, 2])
-    assert tied.value == 0.5 and tied.count == 2  # the pair of equal truth is not asked
+    one = [0, 0, 0]
+    assert stats.pairwise_accuracy([1, 2, 3], [10, 20, 30], one).value == 1  # type: ignore[union-attr]
+    assert stats.pairwise_accuracy([3, 2, 1], [10, 20, 30], one).value == 0  # type: ignore[union-attr]
+    tied = stats.pairwise_accuracy([5, 5, 5], [1, 2, 2], one)
+    assert tied and tied.value == 0.5 and tied.count == 2  # the pair of equal truth is not asked
     grouped = stats.pairwise_accuracy([1, 2, 9, 8], [0, 1, 0, 1], groups=["p", "p", "q", "q"])
-    assert grouped.value == 0.5 and grouped.count == 2  # across groups nothing is compared
-    with pytest.raises(WeftError, match="different truth"):
-        stats.pairwise_accuracy([1, 2], [3, 3])
+    assert grouped and grouped.value == 0.5 and grouped.count == 2  # across groups nothing is compared
+    assert (grouped.low, grouped.high) == (0, 1)  # groups are resampled, not pairs
+    assert stats.pairwise_accuracy([1, 2], [3, 3], [0, 0]) is None
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=2, max_size=20))
-def test_pairwise_accuracy_of_reversed_scores_is_the_complement(pairs: list[tuple[int, int]]) -> None:
-    scores, truth = map(list, zip(*pairs, strict=True))
-    if len(set(truth)) == 1:
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 2)), min_size=2, max_size=20))
+def test_pairwise_accuracy_is_kendalls_count_and_of_reversed_scores_its_complement(
+    rows: list[tuple[int, int, int]],
+) -> None:
+    scores, truth, groups = map(list, zip(*rows, strict=True))
+    forward = stats.pairwise_accuracy(scores, truth, groups)
+    backward = stats.pairwise_accuracy([-s for s in scores], truth, groups)
+    pairs = [(a, b) for a in rows for b in rows if a[2] == b[2] and a[1] > b[1]]
+    if not pairs:
+        assert forward is backward is None
         return
-    forward = stats.pairwise_accuracy(scores, truth)
-    backward = stats.pairwise_accuracy([-s for s in scores], truth)
+    assert forward and backward and forward.count == len(pairs)
+    assert forward.value == pytest.approx(np.mean([(np.sign(a[0] - b[0]) + 1) / 2 for a, b in pairs]))
     assert forward.value + backward.value == pytest.approx(1)
     assert 0 <= forward.low <= forward.value <= forward.high <= 1
 
@@ -145,7 +148,7 @@ def test_pairwise_accuracy_of_reversed_scores_is_the_complement(pairs: list[tupl
         (lambda: stats.bootstrap([]), "non-empty"),
         (lambda: stats.bootstrap([1.0, float("nan")]), "1 of 2 values are not finite"),
         (lambda: stats.bootstrap([1.0], level=95), "between 0 and 1"),
-        (lambda: stats.bootstrap_groups([1, 2], ["a"]), "1 group labels for 2 values"),
+        (lambda: stats.bootstrap([1, 2], clusters=["a"]), "1 group labels for 2 values"),
         (lambda: stats.paired_difference([1], [1, 2]), "1 and 2"),
         (lambda: stats.wilson(3, 2), "3 successes of 2"),
         (lambda: stats.macro_mean({}), "at least one group"),

@@ -16,7 +16,7 @@ from tiny import tiny_kontext_folder
 from weft.errors import WeftError
 from weft.evals.judge import ATTACKS, evaluate_judge
 from weft.evals.judge_gap import gap_curve, gap_evaluator
-from weft.evals.judge_page import agreement_table
+from weft.evals.judge_page import agreement_table, attack_table
 from weft.models.build_vlm import build
 from weft.record import make_record, read_records, write_records
 from weft.reward.critic_training import CriticTrainable
@@ -320,6 +320,16 @@ def test_a_judge_that_sees_nothing_is_shown_as_one() -> None:
     assert part.groups["x"].missing == 1
     with pytest.raises(WeftError, match="gave no score: away"):
         evaluate_judge(lambda batch: [Score(None, reason="away")] * len(batch), {"x": some})
+
+
+def test_an_attack_without_any_score_is_shown_as_one(tmp_path: Path) -> None:
+    calls = iter([Score(1.0)])  # for the exact target
+    judge = lambda batch: [next(calls, Score(None, reason="away")) for _ in batch]  # noqa: E731
+    report = evaluate_judge(judge, {}, attacked=world_records("train", 1, tasks=["edit"])[:])
+    assert set(report.attacks) == set(ATTACKS)
+    assert all((attack.count, attack.missing, attack.score) == (1, 1, None) for attack in report.attacks.values())
+    assert all(row[1:] == ["1", "1", "–", "–", "–", "–"] for row in attack_table(report).cells)
+    report.write(tmp_path)
 
 
 def test_the_gap_is_a_curve_with_an_alarm(monkeypatch, tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from PIL import Image, ImageFilter
 from weft.errors import WeftError
 from weft.world import Scene, records, render
 from weft.world.corrupt import corruptions
-from weft.world.edits import HELD_OUT_KIND, KINDS, apply
-from weft.world.oracle import _other_backgrounds, edit_mask, judge, requested_concepts
+from weft.world.edits import HELD_OUT_KIND, KINDS, apply, propose
+from weft.world.oracle import _other_backgrounds, edit_mask, judge, requested_concepts, scenes
+from weft.world.phrases import Speaker
 from weft.world.references import CONCEPTS
-from weft.world.scene import BACKGROUNDS, COLOURS, LIGHTS, PATTERNS, SHAPES, SIZES, STYLES, TONES
+from weft.world.scene import BACKGROUNDS, COLOURS, LIGHTS, PATTERNS, SHAPES, SIZES, STYLES, TONES, draw_scene
 from weft.world.words import EDITS, POLITE
 
 TASKS = ("generate", "edit", "multi_edit", "multi_generate")
@@ -97,6 +98,20 @@ def test_instructions_vary_and_point_at_one_thing() -> None:
     assert len(set(texts)) > 270
     assert sum(bool(re.search(r"\b(left|right) of\b|\babove\b|\bbelow\b", t)) for t in texts) > 15
     assert max(len(re.findall(r"[\w-]+|[,;:?]", t)) for t in texts) <= 38
+
+
+def test_sentences_are_english() -> None:
+    for i in range(240):
+        rng = np.random.default_rng(i)
+        speaker, scene = Speaker(rng, unseen=i % 2 == 0), draw_scene(rng)
+        plans = [propose(rng, scene, kind) for kind in ("background", "style", "two_in_one")]
+        for text in [speaker.caption(scene)[0], *(speaker.edit(scene, plan)[0] for plan in plans if plan)]:
+            assert not re.search(r"\ba [aeiou]", text), text
+            assert not re.search(
+                r"background (to|be|is|become|should \w+|gradient) (gradient|\w+ to \w+ grad)", text
+            ), text
+            polite = re.match("please|can you|i want you|.*, please$", text)
+            assert not (polite and re.search(r"(and|then|also|first) (the|there|let|i) ", text)), text
 
 
 def test_an_edit_changes_only_its_mask_and_undoing_nothing_copies() -> None:
@@ -186,6 +201,31 @@ def test_oracle_names_what_is_wrong() -> None:
     assert [ok for name, ok in verdict.requests.items() if name.startswith("recolour")] == [False]
     perfect = judge(record, record.target.load(None))  # type: ignore[union-attr]
     assert perfect.success and perfect.psnr_outside > 40
+
+
+@pytest.mark.slow
+def test_one_fault_is_not_taken_for_others() -> None:
+    for kind in ("add", "remove", "recolour", "tone"):
+        for record in records("train", count=3, seed=11, tasks=["edit"], kinds=[kind], combo="any"):
+            source, target, plan = scenes(record)
+            assert source is not None
+            copy = judge(record, worn(render(source))).requests
+            assert copy.pop("keep") and not any(copy.values()), record.instruction  # nothing was done, nothing spoilt
+            if kind != "tone":
+                other = judge(record, worn(render(target.but(tone="dim"))))
+                assert "tone" in other.seen and not other.requests.pop("keep")
+                assert all(other.requests.values()), (record.instruction, other.seen)
+
+
+def test_large_pictures_and_those_with_alpha_are_judged() -> None:
+    for task, size in (("generate", 384), ("edit", (144, 192))):
+        record = records("train", count=1, seed=2, tasks=[task], size=size)[0]
+        target = record.target.load(None)  # type: ignore[union-attr]
+        assert judge(record, target).success
+    clear = target.convert("RGBA")
+    assert judge(record, clear).success
+    clear.putalpha(0)
+    assert not judge(record, clear).success  # it shows white
 
 
 def test_what_the_oracle_sees_does_not_depend_on_the_process() -> None:

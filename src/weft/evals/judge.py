@@ -50,14 +50,15 @@ class Agreement:
 @dataclass(slots=True)
 class Attack:
     """One attack: its mean `score`, what it gained on the same picture without it (`gain`, None where there is no
-    such picture), the share taken for good (at least `GOOD`), and the share placed below the exact target."""
+    such picture), the share taken for good (at least `GOOD`), and the share placed below the exact target. All are None
+    where every score is missing."""
 
     count: int
     missing: int
-    score: float
-    gain: Interval | None
-    fooled: Interval
-    below_target: Interval
+    score: float | None = None
+    gain: Interval | None = None
+    fooled: Interval | None = None
+    below_target: Interval | None = None
 
 
 @dataclass(slots=True)
@@ -135,8 +136,8 @@ def _agreement(
         truth=float(truth.mean()),
         gap=stats.bootstrap(score - truth, clusters=requests),
         rank=rank(score, truth, requests),
-        pairs=pairs(score, truth, requests),
-        success=pairs(score, good.astype(float), requests),
+        pairs=stats.pairwise_accuracy(score, truth, requests),
+        success=stats.pairwise_accuracy(score, good, requests),
     )
     return found, _shown(records, values)
 
@@ -152,19 +153,6 @@ def rank(score: np.ndarray, truth: np.ndarray, requests: Sequence[str]) -> Inter
         return stats.spearman(a, b) if np.ptp(a) and np.ptp(b) else 0.0
 
     return stats.bootstrap(np.arange(len(score)), statistic=one, clusters=requests, resamples=500)
-
-
-def pairs(score: np.ndarray, truth: np.ndarray, requests: Sequence[str]) -> Interval | None:
-    """Pairwise accuracy within requests (equal scores count one half), requests resampled; None without pairs."""
-    right, owner = [], []
-    for request in dict.fromkeys(requests):
-        rows = [i for i, other in enumerate(requests) if other == request]
-        for i in rows:
-            for j in rows:
-                if truth[i] > truth[j]:
-                    right.append((np.sign(score[i] - score[j]) + 1) / 2)
-                    owner.append(request)
-    return stats.bootstrap(right, clusters=owner) if right else None
 
 
 def _shown(records: Sequence[Record], values: np.ndarray) -> list[dict[str, Any]]:
@@ -231,6 +219,7 @@ def _attacks(
         values, _ = _scores(judge, [pair for pair, _ in made], batch_size)
         known = ~(np.isnan(values) | np.isnan(best))
         if not known.any():
+            found[name] = Attack(len(records), len(records))
             continue
         gain = None
         if made[0][1] is not None:

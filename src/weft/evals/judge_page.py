@@ -10,6 +10,10 @@ from weft.report.table import Table
 from weft.reward.graded import picture_of
 
 
+def _mean(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
 def _number(value: Interval | None) -> str:
     return "–" if value is None else f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
 
@@ -37,13 +41,12 @@ def agreement_table(report: JudgeReport) -> Table:
 def attack_table(report: JudgeReport) -> Table:
     """What attacks reach."""
     rows = [
-        [name, a.count, a.missing, f"{a.score:.2f}", _number(a.gain), _share(a.fooled), _share(a.below_target)]
+        [name, a.count, a.missing, _mean(a.score), _number(a.gain), _share(a.fooled), _share(a.below_target)]
         for name, a in report.attacks.items()
     ]
-    target = "–" if report.target is None else f"{report.target:.2f}"
     note = (
-        f"Exact targets get {target} on average. gain: over the same picture without the attack; taken for good: "
-        f"{GOOD:g} or more; below target: under the exact target of the same request."
+        f"Exact targets get {_mean(report.target)} on average. gain: over the same picture without the attack; "
+        f"taken for good: {GOOD:g} or more; below target: under the exact target of the same request."
     )
     columns = ["attack", "n", "missing", "score", "gain", "taken for good %", "below target %"]
     return Table(columns, rows, note=note)

@@ -67,16 +67,6 @@ def bootstrap(
     return Interval(estimate, *_percentiles(draws, level), len(data), level)
 
 
-def bootstrap_groups(
-    values: ArrayLike, groups: Sequence[Hashable], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> dict[Hashable, Interval]:
-    """The mean's interval within each group, groups in order of appearance."""
-    return {
-        group: bootstrap(part, level=level, resamples=resamples, seed=seed)
-        for group, part in _split(_values(values), groups).items()
-    }
-
-
 def macro_mean(
     groups: Mapping[str, ArrayLike], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Interval:
@@ -155,32 +145,20 @@ def spearman(first: ArrayLike, second: ArrayLike) -> float:
     return float(np.clip(ranks_a @ ranks_b / math.sqrt((ranks_a @ ranks_a) * (ranks_b @ ranks_b)), -1.0, 1.0))
 
 
-def pairwise_accuracy(scores: ArrayLike, truth: ArrayLike, groups: Sequence[Hashable] | None = None) -> Interval:
-    """Share of pairs with different truth that the scores put in the right order; equal scores count one half.
-
-    Only pairs within a group (the candidates of one prompt) are compared when `groups` is given. `count` is the
-    number of pairs; the interval is Wilson's and treats pairs as independent, so it is narrower than the truth
-    when a group has many candidates.
-
-    Raises:
-        WeftError: no pair has different truth.
-    """
+def pairwise_accuracy(scores: ArrayLike, truth: ArrayLike, groups: Sequence[Hashable]) -> Interval | None:
+    """Share of the pairs of one group (candidates of one prompt) with different truth that the scores put in the right
+    order; equal scores count one half. Groups are resampled; `count` is the number of pairs. None: there is no pair."""
     a, b = _values(scores), _values(truth)
     if len(a) != len(b):
         raise WeftError(f"{len(a)} scores for {len(b)} truths")
-    right, count = 0.0, 0
-    for index in _split(np.arange(len(a), dtype=np.float64), groups or [0] * len(a)).values():
+    right: list[float] = []
+    owners: list[Hashable] = []
+    for owner, index in _split(np.arange(len(a), dtype=np.float64), groups).items():
         rows = index.astype(int)
-        order_truth = np.sign(b[rows][:, None] - b[rows][None])
-        order_score = np.sign(a[rows][:, None] - a[rows][None])
-        above = order_truth > 0
-        count += int(above.sum())
-        right += float((order_score[above] + 1).sum() / 2)
-    if not count:
-        raise WeftError("no pair has different truth; pairwise accuracy does not exist")
-    bounds = wilson(round(right), count)
-    value = right / count
-    return Interval(value, min(value, bounds.low), max(value, bounds.high), count)
+        above = b[rows][:, None] > b[rows][None]
+        right += ((np.sign(a[rows][:, None] - a[rows][None])[above] + 1) / 2).tolist()
+        owners += [owner] * int(above.sum())
+    return bootstrap(right, clusters=owners) if right else None
 
 
 def _values(values: ArrayLike) -> Values:

@@ -8,7 +8,7 @@ What must stay is checked in the same way, and the change outside the edit mask 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from PIL import Image
 from scipy.ndimage import binary_dilation, gaussian_filter, uniform_filter
 
 from weft.errors import WeftError
+from weft.media import to_rgb
 from weft.record import Record
 from weft.world.references import concept_of
 from weft.world.render import coverage, render_array
@@ -42,6 +43,8 @@ SOFT = 1.2  # blur in units on both sides of every comparison: it is about what 
 THING_RMSE = 0.15  # of a thing's window, in 0..1: more is no drawing of this thing
 EMPTY_LOCAL = 0.11  # mean difference in a 5 x 5 window where nothing may lie
 COLLATERAL = 0.06  # mean absolute change outside the edit mask
+WORKING = 128  # pixels of the shorter side at which pictures are compared, at most: the search for a thing's place
+# takes memory with its fourth power
 MUCH = 0.2  # the share of the picture that must lie outside the mask for its change to be told
 
 
@@ -94,22 +97,23 @@ def edit_mask(record: Record, grow: int = 2) -> np.ndarray:
 
 
 def judge(record: Record, image: Image.Image) -> Verdict:
-    """Judge one output. A picture of another size is resized to the record's first."""
+    """Judge one output. A picture of another size is resized to the record's first, one with alpha put on white."""
     source, target, plan = scenes(record)
     height, width = canvas(record)
+    image = to_rgb(image)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    raw = np.asarray(image.convert("RGB"), np.float32) / 255
-    x = _soft(raw)
+    raw = np.asarray(image, np.float32) / 255
+    if (shrink := WORKING / min(height, width)) < 1:
+        image = image.resize((round(width * shrink), round(height * shrink)), Image.Resampling.BOX)
+    x = _soft(np.asarray(image, np.float32) / 255)
     placed = {op["cell"] for op in plan if op["op"] == "add"} | {op["to"] for op in plan if op["op"] == "move"}
-    fitted, wrong = target, {}
-    for i, thing in enumerate(target.things):
-        slack = JITTER + 2 if source is None else 2 if thing.cell in placed else 1
-        found, dx, dy = _identify(x, target, i, slack, free=source is None)
-        if found is not None:
-            wrong[CELLS[thing.cell]] = found
-        fitted = fitted.with_thing(i, dx=thing.dx * (source is not None) + dx, dy=thing.dy * (source is not None) + dy)
-    wrong |= _empty_cells(x, fitted) | _global(x, fitted)
+    wrong, fitted = _things(x, target, source is None, placed)
+    shown, unlike = _global(x, fitted, wrong)
+    if shown != fitted:  # what things are is asked again in the light, style and tone that are really there
+        usual = {name: getattr(shown, name) for name in ("background", *GLOBALS)}
+        wrong, _ = _things(x, target.but(**usual), source is None, placed)
+    wrong |= unlike
     collateral = psnr = None
     if source is not None:
         outside = ~edit_mask(record)
@@ -185,19 +189,37 @@ def _alternatives(thing: Thing) -> Iterator[tuple[str, Thing]]:
                 yield value, thing.but(**{name: value})
 
 
+def _quadrant(cell: int, height: int, width: int) -> tuple[slice, slice]:
+    rows, cols = (slice(k * n // 2, (k + 1) * n // 2) for k, n in ((cell // 2, height), (cell % 2, width)))
+    return rows, cols
+
+
+def _things(x: np.ndarray, scene: Scene, free: bool, placed: set[int]) -> tuple[dict[str, str], Scene]:
+    """What stands in a quadrant where something else, or nothing, should; and the scene with its things where they are
+    found. `free`: they may lie anywhere within their quadrant; those of the quadrants `placed` were put there."""
+    fitted, wrong = scene, {}
+    for i, thing in enumerate(scene.things):
+        slack = JITTER + 2 if free else 2 if thing.cell in placed else 1
+        found, dx, dy = _identify(x, scene, i, slack, free)
+        if found is not None:
+            wrong[CELLS[thing.cell]] = found
+        fitted = fitted.with_thing(i, dx=thing.dx * (not free) + dx, dy=thing.dy * (not free) + dy)
+    return wrong | _empty_cells(x, fitted), fitted
+
+
 def _identify(x: np.ndarray, scene: Scene, i: int, slack: int, free: bool) -> tuple[str | None, int, int]:
     """What thing i really is (None: as it should be), and its displacement in units."""
     height, width = x.shape[:2]
     unit = min(height, width) / 64
     thing = replace(scene.things[i], dx=0, dy=0) if free else scene.things[i]
     # The window is the thing's own quadrant: shifting it must not bring in a neighbour.
-    rows, cols = (slice(k * n // 2, (k + 1) * n // 2) for k, n in ((thing.cell // 2, height), (thing.cell % 2, width)))
-    window = x[rows, cols]
+    place = _quadrant(thing.cell, height, width)
+    window = x[place]
     h, w = window.shape[:2]
     others = replace(scene, things=scene.things[:i] + scene.things[i + 1 :])
     candidates = [("", thing), *_alternatives(thing)]
-    drawn = [_synth(others.plus(t), height, width)[rows, cols].ravel() for _, t in candidates]
-    drawn.append(_synth(others, height, width)[rows, cols].ravel())
+    drawn = [_synth(others.plus(t), height, width)[place].ravel() for _, t in candidates]
+    drawn.append(_synth(others, height, width)[place].ravel())
     synth = np.stack(drawn)  # [A, n]
     reach = round(slack * unit)
     padded = np.pad(window, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
@@ -225,35 +247,51 @@ def _empty_cells(x: np.ndarray, scene: Scene) -> dict[str, str]:
     local[coverage(scene, scene.things, height, width, grow=6)] = 0  # edges of the things that should be there
     found = {}
     for cell in scene.free:
-        rows, cols = (slice(k * n // 2, (k + 1) * n // 2) for k, n in ((cell // 2, height), (cell % 2, width)))
-        if local[rows, cols].max() > EMPTY_LOCAL:
+        if local[_quadrant(cell, height, width)].max() > EMPTY_LOCAL:
             found[CELLS[cell]] = "something"
     return found
 
 
-def _global(x: np.ndarray, scene: Scene) -> dict[str, str]:
-    """Global attributes that are not as they should be."""
+def _global(x: np.ndarray, scene: Scene, wrong: Collection[str]) -> tuple[Scene, dict[str, str]]:
+    """The scene with the background, light, style and tone that the picture shows (where they explain half of what is
+    wrong), and which of them are not as they should be. The change that explains most is taken first, and further ones
+    as long as each explains half of what is left.
+
+    Quadrants that are `wrong` do not count, where others are left: a thing that is missing makes its place paler, and
+    one too many is no part of the background."""
     height, width = x.shape[:2]
+    told = np.ones((height, width), bool)
+    for cell in range(4):
+        told[_quadrant(cell, height, width)] = CELLS[cell] not in wrong
+    told |= not told.any()
+    free = told & ~coverage(scene, scene.things, height, width, grow=7)
+    free = free if free.any() else told
 
-    def error(s: Scene, mask: np.ndarray | None = None) -> float:
+    def errors(s: Scene) -> tuple[float, float]:
         square = (x - _synth(s, height, width)) ** 2
-        return float(square.mean() if mask is None else square[mask].mean())
+        return float(square[told].mean()), float(square[free].mean())
 
-    found = {}
-    base = error(scene)
-    for name, values in GLOBALS.items():
-        for value in values:
-            if value != getattr(scene, name) and error(scene.but(**{name: value})) < base:
-                found[name] = value
-    free = ~coverage(scene, scene.things, height, width, grow=7)
-    base = error(scene, free)
-    for other in _other_backgrounds(scene.background):
-        if error(replace(scene, background=other), free) < base:
-            found["background"] = " ".join(map(str, other))
+    whole, behind = errors(scene)
+    shown, changed, enough, explained = scene, set[str](), np.inf, True
+    while explained:
+        best, better, which, rest = enough, shown, "", behind
+        for name in ["background", *(k for k in GLOBALS if k not in changed)]:
+            for value in _other_backgrounds(shown.background) if name == "background" else GLOBALS[name]:
+                other = shown.but(**{name: value})
+                error = errors(other)
+                if (error[1] < behind if name == "background" else error[0] < whole) and error[0] < best:
+                    best, better, which, rest = error[0], other, name, error[1]
+        if better is shown:
             break
-    if base > THING_RMSE**2:
+        explained = best < whole / 2
+        shown, whole, behind, enough = better, best, rest, best / 2
+        changed.add(which)
+    found = {name: getattr(shown, name) for name in GLOBALS if getattr(shown, name) != getattr(scene, name)}
+    if shown.background != scene.background:
+        found["background"] = " ".join(map(str, shown.background))
+    if behind > THING_RMSE**2:
         found.setdefault("background", "unclear")
-    return found
+    return (shown if explained else scene), found
 
 
 def _other_backgrounds(background: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:

@@ -10,6 +10,7 @@ picture in at that place.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -109,9 +110,10 @@ class Speaker(Voice):
                 return f"the {one} {relation} {name}", f"thing {relation} {canonical}"
         return pick(self.rng, options)
 
-    def background(self, value: tuple[Any, ...] | list[Any]) -> tuple[str, str]:
+    def background(self, value: tuple[Any, ...] | list[Any], named: bool = False) -> tuple[str, str]:
+        """Words for a background and their canonical form; `named`: the sentence says already what they are of."""
         if value[0] == "plain":
-            return (f"a {value[1]} background", f"plain {value[1]}")
+            return (value[1] if named else f"a {value[1]} background", f"plain {value[1]}")
         if value[0] == "gradient":
             upper, lower = value[1:]
             words = (f"a gradient from {upper} to {lower}", f"a {upper} to {lower} gradient")
@@ -126,9 +128,12 @@ class Speaker(Voice):
         text = said[0][0] if len(said) == 1 else self.frame(JOINTS).format(said[0][0], said[1][0])
         for words, _ in said[2:]:
             text += f", and {words}"
-        if text.split()[0] in STATEMENT:  # "can you the star should be red" is no English
-            return text, " ; ".join(canonical for _, canonical in said)
-        return self.frame(POLITE).format(text), " ; ".join(canonical for _, canonical in said)
+        meaning = " ; ".join(canonical for _, canonical in said)
+        if text.split()[0] in STATEMENT:
+            return text, meaning
+        polite = self.frame(POLITE).format(text)
+        # "can you the star should be red" is no English, also behind a first request
+        return text if any(words.split()[0] in STATEMENT for words, _ in said) else polite, meaning
 
     def op(self, scene: Scene, op: Op) -> tuple[str, str]:
         kind, slots, canonical = op["op"], {}, {}
@@ -152,9 +157,8 @@ class Speaker(Voice):
             return words.format(**slots, to=place, at=place), f"move {canonical['the']} {canonical['to']}"
         if kind == "background":
             words = self.frame(EDITS[kind])
-            slots["b"], plain = self.background(op["value"])
-            if "background {b}" in words or "background to" in words or "background should" in words:
-                slots["b"] = slots["b"].removeprefix("a ").removesuffix(" background")
+            named = "background {b}" in words or "background to" in words or "background should" in words
+            slots["b"], plain = self.background(op["value"], named)
             return words.format(**slots), f"background {plain}"
         value = op["value"]
         if kind == "resize" and thing is not None and self.rng.random() < 0.4:
@@ -170,7 +174,8 @@ class Speaker(Voice):
         slots["v"] = spoken
         slots["n"] = pick(self.rng, PATTERN_NOUNS[value]) if kind == "repattern" else ""
         target = f" {canonical['the']}" if "the" in canonical else ""
-        return self.frame(EDITS[kind]).format(**slots), f"{kind}{target} {value}"
+        text = self.frame(EDITS[kind]).format(**slots)
+        return re.sub(r"\ba(?= [aeiou])", "an", text), f"{kind}{target} {value}"
 
     def _by_reference(self, op: Op, kind: str, scene: Scene, the: str, canonical: str) -> tuple[str, str]:
         k, mark = op["ref"], f"<{op['ref']}>"
@@ -222,8 +227,8 @@ class Speaker(Voice):
         joined = ", ".join(spoken[:-1]) + (", " if terse else " and ") + spoken[-1] if len(spoken) > 1 else spoken[0]
         words, plain = self.background(scene.background)
         frame = self.frame(PICTURES)
-        if "background is" in frame or "background should" in frame:
-            words = words.removeprefix("a ").removesuffix(" background")
+        if scene.background[0] == "plain" and ("background is" in frame or "background should" in frame):
+            words = scene.background[1]
         text = frame.format(list=joined, b=words)
         parts = [
             f"{names[t.cell][1] if t.cell in names else canonical_thing(look_of(t))} at {CELLS[t.cell]}"

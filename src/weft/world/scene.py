@@ -129,7 +129,7 @@ class Scene:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the scene as JSON: equal for equal pictures, and for nothing else."""
+        """SHA-256 of the scene as JSON, its things in their order: scenes of one digest are one picture."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
