@@ -14,7 +14,7 @@ from PIL import Image
 import weft
 from tiny import tiny_kontext_folder
 from weft.errors import WeftError
-from weft.evals.judge import ATTACKS, evaluate_judge
+from weft.evals.judge import ATTACKS, evaluate_judge, rank
 from weft.evals.judge_gap import gap_curve, gap_evaluator
 from weft.evals.judge_page import agreement_table, attack_table
 from weft.models.build_vlm import build
@@ -320,6 +320,11 @@ def test_a_judge_that_sees_nothing_is_shown_as_one() -> None:
     assert part.groups["x"].missing == 1
     with pytest.raises(WeftError, match="gave no score: away"):
         evaluate_judge(lambda batch: [Score(None, reason="away")] * len(batch), {"x": some})
+
+
+def test_a_resample_without_a_rank_correlation_is_none_of_zero() -> None:
+    found = rank(np.array([0.1, 0.1, 0.7, 0.7]), np.array([0.0, 0.0, 1.0, 1.0]), ["a", "a", "b", "b"])
+    assert found is not None and (found.low, found.value, found.high) == (1, 1, 1)
 
 
 def test_an_attack_without_any_score_is_shown_as_one(tmp_path: Path) -> None:

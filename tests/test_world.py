@@ -16,6 +16,7 @@ from weft.world.edits import HELD_OUT_KIND, KINDS, apply, propose
 from weft.world.oracle import _other_backgrounds, edit_mask, judge, requested_concepts, scenes
 from weft.world.phrases import Speaker
 from weft.world.references import CONCEPTS
+from weft.world.render import _backdrop
 from weft.world.scene import BACKGROUNDS, COLOURS, LIGHTS, PATTERNS, SHAPES, SIZES, STYLES, TONES, draw_scene
 from weft.world.words import EDITS, POLITE
 
@@ -168,6 +169,9 @@ def test_pictures_scale_and_keep_their_aspect() -> None:
     small, large = (np.asarray(render(scene, s, s), float) for s in (64, 128))
     shrunk = large.reshape(64, 2, 64, 2, 3).mean((1, 3))
     assert np.abs(small - shrunk).mean() < 6
+    before = _backdrop.cache_info().currsize
+    render(scene, 300, 300)
+    assert _backdrop.cache_info().currsize == before  # large ones are not kept in memory
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ def rank(score: np.ndarray, truth: np.ndarray, requests: Sequence[str]) -> Inter
     def one(rows: np.ndarray) -> float:
         i = rows.astype(int)
         a, b = score[i], truth[i]
-        return stats.spearman(a, b) if np.ptp(a) and np.ptp(b) else 0.0
+        return stats.spearman(a, b) if np.ptp(a) and np.ptp(b) else math.nan
 
     return stats.bootstrap(np.arange(len(score)), statistic=one, clusters=requests, resamples=500)
 

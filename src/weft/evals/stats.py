@@ -47,7 +47,7 @@ def bootstrap(
     """Percentile bootstrap interval (Efron 1979) of the mean, or of `statistic`, a function of a 1-d array.
 
     With `clusters` (a label for each value) whole clusters are resampled: for several samples of one prompt, which
-    are not independent of one another.
+    are not independent of one another. A resample for which `statistic` is NaN, does not exist, is left out.
 
     Raises:
         WeftError: no values, a value that is not finite, labels that do not match.
@@ -176,7 +176,7 @@ def _check_level(level: float) -> None:
 
 
 def _percentiles(draws: Values, level: float) -> tuple[float, float]:
-    low, high = np.percentile(draws, [50 * (1 - level), 50 * (1 + level)])
+    low, high = np.nanpercentile(draws, [50 * (1 - level), 50 * (1 + level)])
     return float(low), float(high)
 
 

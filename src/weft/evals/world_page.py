@@ -171,11 +171,14 @@ def _card(report: WorldReport, record: Record, row: Row) -> Comparison:
 
 def _note(report: WorldReport) -> str:
     count = min(report.settings["baseline_count"], report.settings["count"])
-    judged = f"VAE %, copy, reference, blank and chance: the first {count} records of each group. " if count else ""
+    given = any(group.concepts for group in report.groups.values())
+    concepts = f"{', '.join(CONCEPTS)} %: of these, the ones that a reference gives the value of. " if given else ""
+    kinds = "copy, reference, blank" if given else "copy, blank"
+    judged = f"VAE %, {kinds} and chance: the first {count} records of each group. " if count else ""
     return (
         "success: every request done and the rest kept, with its 95 % interval. requests: single changes done. "
-        "concrete, local, global %: of these, the ones that a reference gives the value of. "
-        f"collateral: mean absolute change (0 to 1) outside the edit mask. {judged}A dash: not defined or not measured."
+        f"{concepts}collateral: mean absolute change (0 to 1) outside the edit mask. {judged}"
+        "A dash: not defined or not measured."
     )
 
 

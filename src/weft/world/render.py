@@ -18,6 +18,7 @@ RADIUS = {"small": 7.5, "medium": 10.5, "large": 13.5}
 RENDERER = 2  # part of every picture's digest: raise it when the drawing changes
 TOWARDS = {"even": (0, 0), "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 GAIN = {"neutral": (1, 1, 1), "warm": (1.1, 0.96, 0.66), "cold": (0.7, 0.93, 1.12), "dim": (0.55, 0.55, 0.55)}
+CACHED = 2**16  # pixels of a canvas whose backdrop is remembered, at most: 256 large ones are gigabytes
 INK = np.array((20, 20, 25), np.float32)
 
 
@@ -163,7 +164,8 @@ def _patch(thing: Thing, height: int, width: int) -> tuple[Any, ...]:
 
 def render_array(scene: Scene, height: int = 64, width: int = 64) -> np.ndarray:
     """The picture of a scene as float32 [height, width, 3] in 0..255."""
-    canvas = _backdrop(scene.background, scene.style, scene.light, height, width).copy()
+    backdrop = _backdrop if height * width <= CACHED else _backdrop.__wrapped__
+    canvas = backdrop(scene.background, scene.style, scene.light, height, width).copy()
     unit = min(height, width) / 64
     lx, ly = TOWARDS[scene.light]
     if lx or ly:  # the shadow falls away from the light
