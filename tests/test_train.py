@@ -439,6 +439,17 @@ def test_processes_wait_longer_than_torchs_ten_minutes(monkeypatch):
     assert Processes().size == 2 and asked["timeout"].total_seconds() >= 24 * 3600
 
 
+def test_other_processes_know_what_the_first_one_exports(tmp_path, monkeypatch):
+    """The next stage starts from it in all of them; the numbers are the first one's."""
+    from weft.train.stages import run_stages
+
+    monkeypatch.setenv("RANK", "1")
+    trees = [recipe(tmp_path / name, run={"steps": 2}, trainable=f"{ROOT}/tests/toy.py:Plain") for name in "ab"]
+    results = run_stages(trees, say=quiet, continues=False)
+    assert [r.export for r in results] == [tmp_path / name / "export" for name in "ab"]
+    assert not (tmp_path / "a" / "export").exists() and not (tmp_path / "stages.json").exists()
+
+
 def test_accumulate_must_be_shared_out(monkeypatch):
     from weft.train.parallel import Processes
 

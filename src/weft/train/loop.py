@@ -342,9 +342,10 @@ class Trainer:
             self.worker.shutdown(cancel_futures=True)
             for tracker in self.trackers:
                 tracker.close()
-        export = self.export() if settings.export and self.processes.first else None
+        if settings.export and self.processes.first:
+            self.export()
         self.processes.wait()
-        return RunResult(self.folder, self.step, export, self.last)
+        return RunResult(self.folder, self.step, self.folder / "export" if settings.export else None, self.last)
 
     def prepare_data(self) -> None:
         cache = self.recipe.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,7 +61,8 @@ def run_stages(
         results.append(result)
         measured = {k: v for k, v in result.last.items() if evaluators and k.split("/")[0] in evaluators}
         table.append({"stage": number + 1, "folder": str(result.folder), "step": result.step, **measured})
-        _record(Path(configs[0].run.folder).parent / "stages.json", table)
+        if int(os.environ.get("RANK", "0")) == 0:  # of several processes the first one measures and writes
+            _record(Path(configs[0].run.folder).parent / "stages.json", table)
     return results
 
 
