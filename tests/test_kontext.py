@@ -408,6 +408,9 @@ def test_every_timestep_option_spreads_over_the_line(kind):
 def test_unknown_loss_options_are_refused():
     with pytest.raises(WeftError, match="choose one of uniform_shifted"):
         flow.FlowLossConfig(timestep="uniform")
+    with pytest.raises(WeftError, match="shift is of timestep uniform_shifted; it does nothing with logit_normal"):
+        flow.FlowLossConfig(timestep="logit_normal", shift=3.0)
+    assert flow.FlowLossConfig(timestep="logit_normal", mean=0.5, std=1.2).mean == 0.5
     with pytest.raises(WeftError, match="share between 0 and 1"):
         flow.FlowLossConfig(text_dropout=10)
 

@@ -226,7 +226,9 @@ class FlowLossConfig:
     """Options of the flow-matching loss.
 
     `timestep`: how sigma is drawn: `uniform_shifted` (uniform on the line, then the shift map), `logit_normal`
-    (Stable Diffusion 3, arXiv 2403.03206, section 3.1: `mean`, `std`) or `mode` (same place: `scale`).
+    (Stable Diffusion 3, arXiv 2403.03206, section 3.1: `mean`, `std`) or `mode` (same place: `scale`). The last two
+    are the paper's densities of sigma itself, without a shift; diffusers' training scripts index the scheduler's
+    shifted table with them, from the noisy end.
     `shift`: of `uniform_shifted`; None takes the model's own. `text_dropout`: share of the samples of
     `dropout_tasks` that are trained with the empty text, so that guidance has a negative; references stay.
     """
@@ -242,11 +244,16 @@ class FlowLossConfig:
     def __post_init__(self) -> None:
         if self.timestep not in TIMESTEPS:
             raise WeftError(f"timestep {self.timestep!r} is unknown; choose one of {', '.join(TIMESTEPS)}")
+        for kind, names in TIMESTEPS.items():
+            for name in names:
+                if kind != self.timestep and getattr(self, name) != getattr(FlowLossConfig, name):
+                    raise WeftError(f"{name} is of timestep {kind}; it does nothing with {self.timestep}, remove it")
         if not 0 <= self.text_dropout <= 1:
             raise WeftError(f"text_dropout is {self.text_dropout}; it is a share between 0 and 1")
 
 
-TIMESTEPS = ("uniform_shifted", "logit_normal", "mode")
+TIMESTEPS = {"uniform_shifted": ("shift",), "logit_normal": ("mean", "std"), "mode": ("scale",)}
+"""How sigma is drawn, and the options of each."""
 
 
 def sigmas_of(config: FlowLossConfig, shift: float | Sequence[float], u: Tensor) -> Tensor:
