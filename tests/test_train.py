@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -384,6 +385,12 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
         with pytest.raises(WeftError, match="No space left.*step-000006 is intact"):
             run(recipe(tmp_path, run={"steps": 12, "allow_changes": True}), say=quiet)
     assert run(recipe(tmp_path, run={"steps": 12, "allow_changes": True}), say=quiet).step == 12
+    before = (tmp_path / "export" / "net.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("weft.train.exports.json", SimpleNamespace(dumps=full))
+        with pytest.raises(WeftError, match="could not write .*export: .*No space left.* checkpoints are intact"):
+            run(recipe(tmp_path, run={"steps": 12, "allow_changes": True, "log_every": 99}), say=quiet)
+    assert (tmp_path / "export" / "net.safetensors").read_bytes() == before and not list(tmp_path.glob(".export*"))
 
 
 def of_two(file, tree):
