@@ -139,6 +139,17 @@ def test_mode_has_its_distribution(scale: float) -> None:
     assert kolmogorov(sigma, mode_cdf(other)) > 1
 
 
+@pytest.mark.parametrize("scale", [1.29, 0.5, -0.7])
+def test_mode_is_the_density_of_diffusers(scale: float) -> None:
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    theirs = compute_density_for_timestep_sampling(
+        "mode", 500, mode_scale=scale, generator=torch.Generator().manual_seed(7)
+    )
+    u = torch.rand(500, generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(schedules.mode(500, scale=scale, u=u), theirs, rtol=0, atol=1e-6)
+
+
 def test_uniform_shifted_is_uniform_over_the_schedulers_table() -> None:
     table = FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas
     assert torch.equal(schedules.training_sigmas(3.0), table)

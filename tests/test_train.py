@@ -298,6 +298,19 @@ def test_ema_follows_its_formula():
     assert float(ema.shadow["p"]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_ema_is_that_of_diffusers_after_its_first_update():
+    from diffusers.training_utils import EMAModel
+
+    parameter = nn.Parameter(torch.ones(3))
+    ours, theirs = Ema({"p": parameter}, 0.8), EMAModel([parameter], decay=0.8)
+    for n in range(60):
+        if n:  # at the first one diffusers takes the weights as they are
+            parameter.data = torch.full((3,), float(n % 7))
+        ours.update(n)
+        theirs.step([parameter])
+        torch.testing.assert_close(ours.shadow["p"], theirs.shadow_params[0])
+
+
 def test_ema_of_every_eighth_update_is_that_of_flow_grpo():
     """flow_grpo/ema.py: update n counts when n + 1 is a multiple of the interval, with the decay of that n."""
     parameter = nn.Parameter(torch.tensor([1.0]))

@@ -194,8 +194,9 @@ SAVED = (
 class Ema:
     """fp32 shadow of named parameters: shadow = d * shadow + (1 - d) * parameter after each optimiser step.
 
-    With `warmup`, d = min(decay, (1 + n) / (10 + n)) at update n (from 0), so the start is forgotten soon. Of `every`
-    so many updates only the last moves the shadow (update_step_interval in yifan123/flow_grpo, flow_grpo/ema.py).
+    With `warmup`, d = min(decay, (1 + n) / (10 + n)) at update n (from 0), so the start is forgotten soon; diffusers'
+    `EMAModel` (without its own warm-up) has the same d, but 0 at the first update. Of `every` so many updates only the
+    last moves the shadow (update_step_interval in yifan123/flow_grpo, flow_grpo/ema.py).
     """
 
     def __init__(
