@@ -28,7 +28,7 @@ from weft.media import (
     save_image,
     to_rgb,
 )
-from weft.record import make_record
+from weft.record import image_part, make_record
 from weft.train.sizes import picture_size
 
 
@@ -433,6 +433,8 @@ def test_lazy_picture() -> None:
 
     lazy = LazyPicture("shard:7", read)
     assert not reads
+    assert image_part(lazy).load().size == (40, 24) and len(reads) == 1  # its digest takes another reading
+    reads.clear()
     assert lazy.load().size == (40, 24) and lazy.digest == lazy.digest and len(reads) == 2
     with pytest.raises(WeftError, match="shard:8 is empty"):
         LazyPicture("shard:8", lambda: b"").load()

@@ -43,10 +43,12 @@ class Part:
         if self.type != "image":
             hint = "weft.motion.load_part reads it" if self.type == "motion" else "only image parts load as one"
             raise WeftError(f"a {self.type} part is not a picture: {hint}")
-        from weft.media import load_image, to_rgb  # Pillow only where a picture is really needed
+        from PIL.Image import Image as Picture  # Pillow only where a picture is really needed
+
+        from weft.media import load_image, to_rgb
 
         if self.value is not None:
-            return to_rgb(self.value.load() if hasattr(self.value, "digest") else self.value)
+            return to_rgb(self.value if isinstance(self.value, Picture) else self.value.load())
         return load_image(self.file(root))
 
     def file(self, root: Path | None = None) -> Path:
