@@ -6,6 +6,7 @@ the order of additions. Weights, EMA and optimiser are replicated; process 0 alo
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -23,6 +24,12 @@ PATIENCE = timedelta(days=2)
 end the run there. One that has died is seen by torchrun at once."""
 
 
+def _leave() -> None:
+    """Close the connections before the interpreter does: left open, a peer's end can abort a process that is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class Processes:
     """The processes of a run; without torchrun the only one, and then every method is trivial."""
 
@@ -31,6 +38,7 @@ class Processes:
         self.local = int(os.environ.get("LOCAL_RANK", 0))
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+            atexit.register(_leave)
 
     @property
     def first(self) -> bool:
