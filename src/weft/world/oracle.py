@@ -111,8 +111,8 @@ def judge(record: Record, image: Image.Image) -> Verdict:
     wrong, fitted = _things(x, target, source is None, placed)
     shown, unlike = _global(x, fitted, wrong)
     if shown != fitted:  # what things are is asked again in the light, style and tone that are really there
-        usual = {name: getattr(shown, name) for name in ("background", *GLOBALS)}
-        wrong, _ = _things(x, target.but(**usual), source is None, placed)
+        seen = {name: getattr(shown, name) for name in ("background", *GLOBALS)}
+        wrong, _ = _things(x, target.but(**seen), source is None, placed)
     wrong |= unlike
     collateral = psnr = None
     if source is not None:

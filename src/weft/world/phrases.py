@@ -132,7 +132,8 @@ class Speaker(Voice):
         if text.split()[0] in STATEMENT:
             return text, meaning
         polite = self.frame(POLITE).format(text)
-        # "can you the star should be red" is no English, also behind a first request
+        # "can you the star should be red" is no English, also behind a first request; there the form is drawn and left,
+        # because records by their seeds should stay what they are
         return text if any(words.split()[0] in STATEMENT for words, _ in said) else polite, meaning
 
     def op(self, scene: Scene, op: Op) -> tuple[str, str]:
