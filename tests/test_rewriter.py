@@ -330,8 +330,8 @@ def test_training_teaches_it_and_the_export_rewrites(folder, tmp_path):
 
 def test_a_changed_file_of_records_is_encoded_anew(folder, tmp_path):
     """Generated sources are remembered with their cache; `standardised` generates nothing, it reads a file."""
-    from weft.train.config import read_recipe
     from weft.train.loop import Trainer
+    from weft.train.reading import read_recipe
 
     path, keys = tmp_path / "records.jsonl", []
     for text in ("make the star red", "make the star green"):
@@ -360,8 +360,8 @@ def test_a_form_is_trained_and_kept(folder, tmp_path):
 
 
 def test_lora_and_the_frozen_vision_tower(folder, tmp_path):
-    from weft.train.config import read_recipe
     from weft.train.loop import Trainer
+    from weft.train.reading import read_recipe
 
     path = tmp_path / "records.jsonl"
     write_records(path, records())

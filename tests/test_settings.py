@@ -8,7 +8,7 @@ import pytest
 
 from weft.errors import WeftError
 from weft.settings import check_arguments, load_object, parse_yaml, read_yaml
-from weft.train.config import read_recipe
+from weft.train.reading import read_recipe
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from types import ModuleType
 from typing import Any
 
 from weft.train.chain import run_chain
-from weft.train.config import Recipe, read_recipe
+from weft.train.config import Recipe
 from weft.train.loop import RunResult, run
 from weft.train.plan import Plan, plan
 from weft.train.preempt import Preempted
+from weft.train.reading import read_recipe
 
 __all__ = ["Plan", "Preempted", "Recipe", "RunResult", "plan", "read_recipe", "run", "run_chain"]
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import WeftError
-from weft.train.config import Recipe, build, read_recipe, read_tree
+from weft.train.config import Recipe
 from weft.train.feed import open_source
 from weft.train.loop import Evaluator, RunResult
+from weft.train.reading import build, read_recipe, read_tree
 from weft.train.stages import run_stages
 
 OWN = re.compile(r"runs\.(\d+)\.(.+)", re.DOTALL)

@@ -29,11 +29,11 @@ from weft.reward.advantage import AdvantageConfig
 from weft.reward.filter import FilterConfig
 from weft.sample import kernels
 from weft.sample.rollout import guided, pad_latents
-from weft.train.config import build
 from weft.train.geometry import RolloutRecipe, check_fraction
 from weft.train.method import Cost, Setting
 from weft.train.online import Item, Online, chosen_steps
 from weft.train.policy import Glance, Policies, anchor_of, by_level, masked_mean, norm_excess, norm_ratio
+from weft.train.reading import build
 from weft.types import Draw, Loss
 
 

@@ -20,7 +20,7 @@ from weft.errors import WeftError
 from weft.models.adapt import Ema
 from weft.rng import seed_of
 from weft.train.checkpoint import differences, newest, read_checkpoint, write_checkpoint
-from weft.train.config import Recipe, plain, read_recipe
+from weft.train.config import Recipe
 from weft.train.exports import write_export
 from weft.train.fed import Fed
 from weft.train.feed import Feed, open_source
@@ -28,6 +28,7 @@ from weft.train.method import Method, Setting, make_method
 from weft.train.optim import Optimizers
 from weft.train.parallel import Processes
 from weft.train.preempt import Preempted, watched
+from weft.train.reading import plain, read_recipe
 from weft.train.setup import Buffers, choose_modules, make_trainable, pick_device, trained_parameters
 from weft.train.track import Tracker, open_trackers
 from weft.types import Draw, Example, FlowModel, Trainable

@@ -22,7 +22,6 @@ from weft.errors import WeftError
 from weft.reward.advantage import AdvantageConfig, optimality
 from weft.reward.filter import FilterConfig
 from weft.sample.rollout import pad_latents
-from weft.train.config import build
 from weft.train.geometry import RolloutRecipe, check_fraction
 from weft.train.method import Cost, Setting
 from weft.train.online import Item, Online, chosen_steps
@@ -37,6 +36,7 @@ from weft.train.policy import (
     norm_ratio,
     old_schedule,
 )
+from weft.train.reading import build
 from weft.types import Draw, Loss
 
 FLOOR = 1e-5  # of the adaptive weight

@@ -17,11 +17,12 @@ from torch import nn
 
 from weft.errors import WeftError
 from weft.models.adapt import add_lora
-from weft.train.config import Recipe, read_recipe
+from weft.train.config import Recipe
 from weft.train.feed import open_source
 from weft.train.optim import is_hidden_matrix
 from weft.train.plan_models import Networks, networks
 from weft.train.plan_online import EpochPlan, epoch_plan
+from weft.train.reading import read_recipe
 from weft.train.setup import DTYPES, pick_device
 from weft.train.sizes import stage_sizes
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from weft.errors import WeftError
-from weft.train.config import build
 from weft.train.fed import Fed
 from weft.train.method import Setting
+from weft.train.reading import build
 from weft.types import Draw, Example, FlowModel, Loss, Trainable
 
 

@@ -20,11 +20,12 @@ from weft.errors import WeftError, exit_status
 from weft.media import atomic_write
 from weft.models.flow import framed
 from weft.reward.mix import averages
-from weft.train.config import GridRecipe, Recipe, plain, read_recipe
+from weft.train.config import GridRecipe, Recipe
 from weft.train.feed import open_source
 from weft.train.grid import draw
 from weft.train.loop import Evaluator, RunResult, run
 from weft.train.online import make_mixture
+from weft.train.reading import plain, read_recipe
 from weft.train.sizes import sized, stage_sizes
 
 
